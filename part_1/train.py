@@ -179,7 +179,7 @@ if __name__ == "__main__":
     # figure
     records = [r for r in read_jsonl(Path(cfg.out) / "log.jsonl", ["step", "loss"]) if "val_accuracy" in r]
     said = ", ".join(f"{p} {mean(a):.0%}" for p, a in accuracy.items())
-    title = f"A word backwards needs positions. Letters right: {said}"
+    title = f"A word backwards, letters right: {said}"
     fig, ax = figure(title, "optimizer step", "share of letters right")
     for positions in POSITIONS:
         mine = [r for r in records if r["positions"] == positions]
