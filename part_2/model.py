@@ -56,7 +56,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
         p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         drop = p.cumsum(dim=-1) - p >= top_p  # the tokens before this one reach p already
         logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
+    cdf = logits.float().softmax(dim=-1).cumsum(dim=-1)  # (B, V); torch.multinomial would draw V random numbers a row
+    return torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:], right=True).squeeze(-1)
 
 class LayerNorm(nn.Module):
     """Each token's C channels to mean 0 and variance 1, then a learned gain and bias (Ba et al. 2016, eq. 4)."""

@@ -195,12 +195,15 @@ def test_rows_start_where_a_story_does(tmp_path, monkeypatch, vocab_size):
     (tmp_path / "instructions.jsonl").write_text(json.dumps({"instruction": "Say no.", "input": "", "output": "No."}))
     monkeypatch.setattr(train, "require", lambda path: tmp_path)
     gpt_cfg = GPTConfig(vocab_size=vocab_size, block_size=4)
-    tok, ids, starts, val_ids, n_bytes, entropy = load_data(Config(), gpt_cfg)
+    tok, ids, starts, val_ids, edges, n_bytes, entropy = load_data(Config(), gpt_cfg)
     assert tok.decode(ids.tolist()) == "\n\n".join(stories) and n_bytes == len("\n\n".join(stories)) and entropy == 0.5
     assert gpt_cfg.vocab_size == tok.vocab_size == vocab_size
     rows = [tok.decode(ids[s:].tolist()) for s in starts]
     wanted = ["\n\n".join(stories[i:]) for i in range(len(stories))]
     assert set(rows) <= set(wanted) and len(set(rows)) == len(rows) >= len(stories) - 2
+    assert edges[0] == 0 and edges[-1] == len(val_ids) - 1 and 1 <= edges.diff().min() and edges.diff().max() <= 4
+    ends = [tok.decode(val_ids[:e + 1].tolist()) for e in edges]  # a row stops where a document does
+    assert {"\n\n".join([*stories[::-1][:i], ""]) for i in range(1, len(stories))} <= set(ends)
 
 
 def test_rows_of_a_users_text_start_anywhere(tmp_path):
@@ -247,7 +250,8 @@ def test_evaluate_against_a_direct_sum(n):
         logits = model(x[None])[0][0]
         nats -= logits.double().log_softmax(dim=-1)[torch.arange(len(y)), y].sum().item()
         right += (logits.argmax(dim=-1) == y).sum().item()
-    found = evaluate(model, ids, 777, 16, torch.device("cpu"), nullcontext)
+    edges = torch.tensor([*range(0, n - 1, 16), n - 1])
+    found = evaluate(model, ids, edges, 777, torch.device("cpu"), nullcontext)
     assert found == (pytest.approx(nats / 777, rel=1e-5), pytest.approx(right / (n - 1)))
 
 

@@ -65,10 +65,15 @@ class Config:
 
 # data ----------------------------------------------------------------------------------------------------------------
 
-def load_data(cfg, gpt_cfg):
-    """-> tokenizer, training ids (N,), positions where a row may start, validation ids (M,), its bytes, true entropy.
+def document_ends(tok, ids, text):
+    """-> the positions in ids of the tokens that end with the empty line between two documents."""
+    after = torch.tensor(tok.n_bytes)[ids].cumsum(0)  # bytes up to and with each token
+    return torch.isin(after, torch.tensor([m.end() for m in re.finditer(b"\n\n", text.encode())])).nonzero()[:, 0]
 
-    The world's rows start where a document starts: a story that has lost its brief cannot teach copying from it.
+def load_data(cfg, gpt_cfg):
+    """-> tokenizer, training ids (N,), positions where a row may start, validation ids (M,), the edges of its rows, its
+    bytes, true entropy. The world's rows start where a document starts: a story that has lost its brief cannot teach
+    copying from it.
     """
     extra, entropy = "", None
     if cfg.data == "stories":
@@ -89,12 +94,14 @@ def load_data(cfg, gpt_cfg):
     if min(len(train_ids), len(val_ids)) <= gpt_cfg.block_size:
         fail(f"--data={cfg.data}: {len(val_ids)} tokens to validate on, but one block is {gpt_cfg.block_size} + 1: "
              "take a longer text or a smaller --block_size")
-    starts = torch.arange(len(train_ids) - gpt_cfg.block_size)
+    starts, ends = torch.arange(len(train_ids) - gpt_cfg.block_size), []
     if cfg.data == "stories":
-        after = torch.tensor(tok.n_bytes)[train_ids].cumsum(0)  # bytes up to and with each token
-        gaps = torch.tensor([m.end() for m in re.finditer(b"\n\n", train.encode())])
-        starts = starts[1:][torch.isin(after[starts[:-1]], gaps)]
-    return tok, train_ids, starts, val_ids, len(val.encode()), entropy
+        starts = document_ends(tok, train_ids[:len(starts) - 1], train) + 1
+        ends = document_ends(tok, val_ids, val).tolist()
+    edges = [0]
+    for end in sorted({*ends, len(val_ids) - 1}):
+        edges += [*range(edges[-1] + gpt_cfg.block_size, end, gpt_cfg.block_size), end]
+    return tok, train_ids, starts, val_ids, torch.tensor(edges), len(val.encode()), entropy
 
 def get_batch(ids, starts, step, cfg, block_size):
     """The batch of a step depends on seed and step alone: (batch_size, T) inputs, and the same shifted by one.
@@ -161,21 +168,20 @@ def backward(model, x, y, accum, autocast, scaler, balance=0.0):
 # evaluate, save ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, ids, n_bytes, block_size, device, autocast):
-    """The whole validation split in blocks -> nats per byte (comparable between tokenizers), next-token accuracy."""
-    nats = right = count = 0
-    for i in range(0, len(ids) - 1, 64 * block_size):
-        piece = ids[i:i + 64 * block_size + 1]
-        full = (len(piece) - 1) // block_size * block_size
-        blocks = [(piece[:full].view(-1, block_size), piece[1:full + 1].view(-1, block_size))] if full else []
-        rest = [(piece[None, full:-1], piece[None, full + 1:])] if full < len(piece) - 1 else []
-        for x, y in blocks + rest:
-            with autocast():
-                logits, loss = model(x.to(device), y.to(device))
-            nats += loss.item() * y.numel()
-            right += (logits.argmax(dim=-1).cpu() == y).sum().item()
-            count += y.numel()
-    return nats / n_bytes, right / count
+def evaluate(model, ids, edges, n_bytes, device, autocast):
+    """The whole validation split, a row from each edge to the next -> nats per byte (comparable between tokenizers),
+    next-token accuracy."""
+    nats = right = 0
+    for i in range(0, len(edges) - 1, 64):
+        first, last = edges[i:i + 65][:-1, None], edges[i:i + 65][1:, None]
+        pos = first + torch.arange((last - first).max())  # (rows, T)
+        x, y = ids[pos.clamp(max=len(ids) - 2)], ids[(pos + 1).clamp(max=len(ids) - 1)]
+        y = y.masked_fill(pos >= last, -100)  # what cross-entropy leaves out
+        with autocast():
+            logits, loss = model(x.to(device), y.to(device))
+        nats += loss.item() * (last - first).sum().item()
+        right += (logits.argmax(dim=-1).cpu() == y).sum().item()
+    return nats / n_bytes, right / (len(ids) - 1)
 
 def save(cfg, step, model, optimizers, scaler):
     """What only a resume needs, in out/resume.pt."""
@@ -192,7 +198,7 @@ if __name__ == "__main__":
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # data
-    tok, train_ids, starts, val_ids, val_bytes, entropy = load_data(cfg, gpt_cfg)
+    tok, train_ids, starts, val_ids, edges, val_bytes, entropy = load_data(cfg, gpt_cfg)
     mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)  # this process's rows of a batch
 
     # model and optimizers
@@ -250,7 +256,7 @@ if __name__ == "__main__":
         values = {"loss": loss.item(), "lr": cfg.lr * lr_scale(step, cfg), "grad_norm": norm.item()}
         values["max_vio"] = (load / load.mean(dim=1, keepdim=True)).max().item() - 1  # the worst layer's; 0: all alike
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            val_loss, accuracy = evaluate(model, val_ids, val_bytes, gpt_cfg.block_size, device, autocast)
+            val_loss, accuracy = evaluate(model, val_ids, edges, val_bytes, device, autocast)
             values |= {"val_loss": val_loss, "val_accuracy": accuracy}
             reached = val_loss <= cfg.target_loss
         log(step, **values, load=load)

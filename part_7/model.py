@@ -65,7 +65,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
         p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         drop = p.cumsum(dim=-1) - p >= top_p  # the tokens before this one reach p already
         logits = logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
+    cdf = logits.float().softmax(dim=-1).cumsum(dim=-1)  # (B, V); torch.multinomial would draw V random numbers a row
+    return torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:], right=True).squeeze(-1)
 
 def rope_table(pos, dim, base):
     """Positions (T,) -> cos and sin (T, D), in the half-split layout: channel i is paired with channel i + D/2."""
@@ -85,7 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
     def forward(self, x):
         y = x.float()
-        return (y * torch.rsqrt(y.pow(2).mean(dim=-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 class KVCache:
     """The keys and values of the tokens so far, per layer: a ring that keeps the first `sink` and the last `window`.
