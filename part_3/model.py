@@ -68,7 +68,6 @@ def attention(q, k, v, mask):
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Draws the next token from (B, V) logits -> (B,) ids. Temperature 0 is greedy.
-
     top_k keeps the k likeliest. top_p keeps the likeliest up to and with the one that makes their probability reach p
     (Holtzman et al. 2020): of [.5, .4, .1], p = .8 keeps two.
     """

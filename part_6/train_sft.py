@@ -11,7 +11,7 @@ its end token only; without the end token in the loss a model never learns to st
 From part_5/train.py
     New      encode, pad, order, respond, gold, token_f1, draw
     Changed  Config, load_data, get_batch, evaluate
-    Removed  balance_loss, expert_load, backward, save (accumulation, resume and several processes belong to long runs)
+    Removed  document_ends, balance_loss, expert_load, backward, save (resume and several processes: for long runs)
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

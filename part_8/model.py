@@ -50,7 +50,6 @@ def causal_mask(q_pos, k_pos, window=0, sink=0):
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Draws the next token from (B, V) logits -> (B,) ids. Temperature 0 is greedy.
-
     top_k keeps the k likeliest. top_p keeps the likeliest up to and with the one that makes their probability reach p
     (Holtzman et al. 2020): of [.5, .4, .1], p = .8 keeps two.
     """
@@ -315,7 +314,7 @@ class ActorCritic(GPT):
         super().__init__(cfg)
         self.v_head = nn.Linear(cfg.n_embd, 1, bias=False)
         nn.init.zeros_(self.v_head.weight)  # no opinion at first: random values would be noise in every advantage
-    def act(self, idx):
-        """idx (B, T) -> logits (B, T, V) and values (B, T)."""
+    def act(self, idx, mask=...):
+        """idx (B, T) -> logits (B, T, V), or (N, V) at the N positions of a mask (B, T), and values (B, T)."""
         x = self.trunk(idx)
-        return self.lm_head(x), self.v_head(x).squeeze(-1)
+        return self.lm_head(x[mask]), self.v_head(x).squeeze(-1)

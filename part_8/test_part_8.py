@@ -264,7 +264,7 @@ def test_each_epoch_takes_each_answer_once_and_max_kl_stops_it(models):
     cfg, batch = roll(models, epochs=3, minibatches=4, max_kl=1e9)
     policy, rows = fresh(), []
     act = policy.act
-    policy.act = lambda ids: (rows.append(ids.tolist()), act(ids))[1]
+    policy.act = lambda ids, mask: (rows.append(ids.tolist()), act(ids, mask))[1]
     stats = update(policy, cfg, batch)
     epochs = [sum(rows[i:i + 4], []) for i in (0, 4, 8)]
     assert len(rows) == len(stats["clip_fraction"]) == 12 and epochs[0] != epochs[1] != epochs[2]
@@ -367,7 +367,7 @@ def test_smoke(folder, run, tmp_path):
     wanted = "reward gold kl entropy clip_fraction explained_variance length ended rollout_s score_s update_s".split()
     assert [r["step"] for r in log] == [0, 1, 2] and all(set(wanted) <= set(r) for r in log) and "val_gold" in log[1]
     assert {"sft_gold", "ppo_gold", "kl", "seconds"} <= set(metrics) and metrics["first_ratio_error"] <= 1e-4
-    assert "1 of 36 prompts" in said and said.count("  SFT: ") == said.count("  PPO: ") == 4
+    assert "left out: 1" in said and said.count("  SFT: ") == said.count("  PPO: ") == 4
     assert (out / "train_ppo.png").read_bytes().startswith(b"\x89PNG") and (folder / "sft.pt").read_bytes() == given
     policy = GPT.load(load_checkpoint(out / "ppo.pt", "ppo"))
     train, val = load_data(Config(data=f"{folder}/data.jsonl", max_new_tokens=6), TOK, 24)

@@ -10,9 +10,9 @@ model's score at the last one (Ziegler et al. 2019; Ouyang et al. 2022). Gold is
 
 From part_7/train_rm.py
     New      encode, pick, masked_mean, whiten, shape_rewards, gae, ppo_loss, value_loss, next_kl_coef
-             rollout, texts, judged, learn
+             make_optimizer, rollout, texts, judged, learn
     Changed  Config, load_data, evaluate, draw
-    Removed  make_pair, story_prompts, shuffled, sample_pairs, collate, get_batch, preference_loss, make_optimizers
+    Removed  pad, make_pair, story_prompts, shuffled, sample_pairs, collate, get_batch, preference_loss, make_optimizers
              respond, rewards, calibration, length_probe, padding_error, against_truth
 """
 import sys; from pathlib import Path
@@ -35,7 +35,7 @@ class Config:
     init: str = ""  # the SFT model's checkpoint; "": part_6/out/sft.pt
     rm: str = ""  # the reward model's checkpoint; "": part_7/out/rm.pt
     # rollout
-    steps: int = 64  # iterations: one rollout, one scoring, a few updates
+    steps: int = 40  # iterations: one rollout, one scoring, a few updates
     batch_size: int = 128  # answers per rollout
     max_new_tokens: int = 72  # longest answer, in tokens
     kl_budget: float = 40.0  # nats; an answer is cut where its running KL passes this
@@ -44,17 +44,18 @@ class Config:
     # reward
     kl_coef: float = 0.05  # beta, reward lost per nat of KL, at the start
     kl_target: float = 3.0  # nats per answer that the controller steers to; 0: beta stays fixed
-    kl_horizon: float = 4000.0  # answers in which the controller corrects a full error; a run has about 8,000
+    kl_horizon: float = 4000.0  # answers in which the controller corrects a full error; a run has about 5,000
     gamma: float = 1.0  # discount
-    lam: float = 0.95  # GAE's lambda
+    lam: float = 1.0  # GAE's lambda; below 1 it trusts the critic, and this one cannot see a wrong word coming
     # update
     epochs: int = 2  # passes over each rollout
     minibatches: int = 2  # updates per pass
     clip: float = 0.2  # a ratio may leave 1 by this much
     vf_clip: float = 0.2  # and a value its old one
-    vf_coef: float = 0.1  # weight of the value loss
+    vf_coef: float = 0.5  # weight of the value loss
     max_kl: float = 0.02  # nats per token between rollout's policy and updated one at which a rollout's updates stop
     lr: float = 3e-4  # AdamW's peak rate, eps 1e-5
+    lr_value: float = 3e-3  # and the value head's: the return that it follows moves fast
     warmup: float = 0.02  # share of the steps in which the rate rises
     decay: float = 0.5  # share of the steps, at the end, in which it falls to 0
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -84,25 +85,20 @@ def load_data(cfg, tok, block_size):
     else:
         records = read_jsonl(cfg.data, ["instruction", "input"])
         splits = [records[:int(0.9 * len(records))], records[int(0.9 * len(records)):]]
-    kept, room = [], block_size - cfg.max_new_tokens
-    for records in splits:
-        asked = [{**r, "prompt": encode(r, tok)} for r in records]
-        kept.append([r for r in asked if len(r["prompt"]) <= room])
-        if len(kept[-1]) < len(asked):
-            print(f"{len(asked) - len(kept[-1])} of {len(asked)} prompts have over {room} tokens: left out")
-        if not kept[-1]:
-            fail(f"--data={cfg.data}: no prompt has at most {room} tokens: take a smaller --max_new_tokens")
-    return kept
-
-def pad(rows, value):
-    """Lists of different lengths -> (B, T), padded on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+    room = block_size - cfg.max_new_tokens
+    asked = [[{**r, "prompt": encode(r, tok)} for r in records] for records in splits]
+    kept = [[r for r in records if len(r["prompt"]) <= room] for records in asked]
+    if kept != asked:
+        print(f"prompts of over {room} tokens, left out: {len(sum(asked, [])) - len(sum(kept, []))}")
+    if not all(kept):
+        fail(f"--data={cfg.data}: no prompt has at most {room} tokens: take a smaller --max_new_tokens")
+    return kept[0], kept[1][:cfg.prompts]
 
 # the lesson's mathematics. In all (B, T) arrays index t is about token t + 1: its log-probability, whether it is part
 # of the answer (mask), the reward for choosing it, and the value of the state, tokens 0 to t, in which it was chosen.
 
 def pick(logp, ids):
-    """Log-probabilities of all tokens (B, T, V), and the ids (B, T) that came -> theirs, (B, T)."""
+    """Log-probabilities of all tokens (..., V), and the ids (...) that came -> theirs."""
     return logp.gather(-1, ids[..., None]).squeeze(-1)
 
 def masked_mean(x, mask):
@@ -116,9 +112,7 @@ def whiten(x, mask):
 def shape_rewards(kl, score, mask, beta):
     """-beta * KL at every token of the answer, and the score (B,) at its last one (Ziegler et al. 2019, eq. 2)."""
     last = mask.cumsum(dim=1).argmax(dim=1)  # the first index at which the count of tokens is complete
-    rewards = -beta * kl * mask
-    rewards[torch.arange(len(rewards)), last] += score
-    return rewards
+    return (-beta * kl * mask).scatter_add(1, last[:, None], score[:, None])
 
 def gae(rewards, values, mask, last_value, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), from the last token back to the first:
@@ -150,7 +144,7 @@ def next_kl_coef(coef, kl, target, n, horizon):
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * n / horizon)
 
-# learning rate, rollout ----------------------------------------------------------------------------------------------
+# learning rate, optimizer, rollout ------------------------------------------------------------------------------------
 
 def lr_scale(step, cfg):
     """Warmup, stable, linear decay (WSD, Hu et al. 2024): the rate's share of its peak, for steps 0, 1, ..."""
@@ -158,22 +152,28 @@ def lr_scale(step, cfg):
     fall = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)  # and the last step still does
     return max(0.0, min(1.0, rise, fall))  # 0 for ever after
 
+def make_optimizer(policy, cfg):
+    """AdamW, with a rate of its own for the value head."""
+    head = {"params": [policy.v_head.weight], "peak": cfg.lr_value}
+    rest = {"params": [p for p in policy.parameters() if p is not policy.v_head.weight], "peak": cfg.lr}
+    return torch.optim.AdamW([rest, head], lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+
 @torch.no_grad()
 def rollout(policy, reference, rm, tok, records, cfg, device):
     """One answer to each record at temperature 1, from the whole vocabulary: what is scored is what was sampled."""
     end, start = tok.special["<|end|>"], time.time()
     starts = torch.tensor([len(r["prompt"]) for r in records], device=device)
-    ids = pad([r["prompt"] for r in records], end).to(device)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["prompt"]) for r in records], True, end).to(device)
     ids, logp = policy.generate(ids, cfg.max_new_tokens, lengths=starts, stop=end, return_logp=True)
     seconds = time.time() - start
     sampled = logp.isfinite()  # (B, T): not the prompt, not the padding
     lengths = starts + sampled.sum(dim=1)
     ended = ids.gather(1, lengths[:, None] - 1).squeeze(1) == end
-    mask, logp = sampled[:, 1:], logp[:, 1:].nan_to_num()
-    logits, values = policy.act(ids)  # V of every state, that after the last token included
-    now, then = (z.log_softmax(dim=-1) for z in (logits[:, :-1], reference(ids[:, :-1])[0]))  # (B, T, V)
-    exact_kl = ((now.exp() * (now - then)).sum(dim=-1) * mask).sum(dim=1)  # (B,): the sum over the whole vocabulary
-    kl = (logp - pick(then, ids[:, 1:])) * mask  # (B, T): the same on the sampled token alone
+    mask, logp, at = sampled[:, 1:], logp[:, 1:].nan_to_num(), sampled.roll(-1, dims=1)  # at: the states before them
+    logits, values = policy.act(ids, at)  # V of every state, that after the last token included
+    now, then = (z.log_softmax(dim=-1) for z in (logits, reference.lm_head(reference.trunk(ids)[at])))  # (N, V)
+    exact_kl = torch.zeros_like(logp).masked_scatter(mask, (now.exp() * (now - then)).sum(dim=-1)).sum(dim=1)  # (B,)
+    kl = logp - logp.masked_scatter(mask, pick(then, ids[sampled]))  # (B, T): the same, on the sampled token alone
     over = (kl.cumsum(dim=1) > cfg.kl_budget) & mask
     cut = over.any(dim=1)
     mask = mask & (over.cumsum(dim=1) <= over.int())  # up to and with the token that passes the budget
@@ -204,9 +204,9 @@ def learn(policy, optimizer, batch, advantages, returns, cfg, generator):
     for _ in range(cfg.epochs):
         for rows in torch.randperm(len(returns), generator=generator).chunk(cfg.minibatches):
             old, mask, ids = batch["logp"][rows], batch["mask"][rows], batch["ids"][rows]
-            logits, values = policy.act(ids[:, :-1])
-            all_logp = logits.log_softmax(dim=-1)
-            logp = pick(all_logp, ids[:, 1:])
+            logits, values = policy.act(ids[:, :-1], mask)
+            all_logp = logits.log_softmax(dim=-1)  # (N, V): only where the answers' tokens are chosen
+            logp = old.masked_scatter(mask, pick(all_logp, ids[:, 1:][mask]))
             if "first_ratio_error" not in stats:
                 stats["first_ratio_error"] = (((logp - old).exp() - 1).abs() * mask).max().item()
             log_ratio = (logp - old).detach()
@@ -219,7 +219,7 @@ def learn(policy, optimizer, batch, advantages, returns, cfg, generator):
             (policy_part + cfg.vf_coef * value_part).backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
             optimizer.step()
-            entropy = masked_mean(-(all_logp.detach().exp() * all_logp.detach()).sum(dim=-1), mask)
+            entropy = torch.special.entr(all_logp.detach().exp()).sum(dim=-1).mean()
             for name, value in (("loss", policy_part), ("clip_fraction", clipped), ("entropy", entropy)):
                 stats[name].append(value.item())
     return stats
@@ -263,9 +263,8 @@ if __name__ == "__main__":
     reference = GPT.load(sft).to(device)
     rm = RewardModel.load(scorer, **scorer["head"]).to(device)
     train, val = load_data(cfg, tok, policy.cfg.block_size)
-    val = val[:cfg.prompts]
     before = evaluate(policy, reference, rm, tok, val, cfg, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    optimizer = make_optimizer(policy, cfg)
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(train), generator=generator).tolist()
     log = Log(cfg, cfg.steps)
@@ -275,7 +274,7 @@ if __name__ == "__main__":
     beta, first_ratio_error = cfg.kl_coef, 0.0
     for step in range(cfg.steps):
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * lr_scale(step, cfg)
+            group["lr"] = group["peak"] * lr_scale(step, cfg)
         start, first = time.time(), step * cfg.batch_size
         asked = [train[order[i % len(order)]] for i in range(first, first + cfg.batch_size)]  # round and round
         batch = rollout(policy, reference, rm, tok, asked, cfg, device)
