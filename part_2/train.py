@@ -2,7 +2,7 @@
 Part 2 - train a tiny GPT on bytes: batches, targets shifted by one, cross-entropy, samples before and after.
 
     python part_2/train.py                                    the world's stories -> part_2/out/gpt.pt
-    python part_2/train.py --data=my.txt --steps=500          your own text; its last 10 % are for validation
+    python part_2/train.py --data=my.txt --steps=2000         your own text; its last 10 % are for validation
     python part_2/train.py --data=shakespeare --n_layer=6     more blocks for a harder text
 
 A byte is a token: any text, in any script, is numbers below 256, so there is nothing to train before the training
@@ -39,11 +39,11 @@ class Config:
     # data
     data: str = "stories"  # "stories" (the built-in world), "shakespeare" (a download), or the path of a text file
     # optimization
-    steps: int = 240  # optimizer steps
-    batch_size: int = 32  # sequences per step
-    lr: float = 3e-3  # AdamW's
+    steps: int = 600  # optimizer steps
+    batch_size: int = 8  # sequences per step
+    lr: float = 1e-3  # AdamW's
     # run
-    eval_every: int = 80  # steps between evaluations on the whole validation split
+    eval_every: int = 200  # steps between evaluations on the whole validation split
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script

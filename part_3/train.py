@@ -34,11 +34,11 @@ class Config:
     # data
     data: str = "stories"  # "stories" (the built-in world), "shakespeare" (a download), or the path of a text file
     # optimization
-    steps: int = 240  # optimizer steps
-    batch_size: int = 32  # sequences per step
-    lr: float = 3e-3  # AdamW's
+    steps: int = 600  # optimizer steps
+    batch_size: int = 8  # sequences per step
+    lr: float = 1e-3  # AdamW's
     # run
-    eval_every: int = 80  # steps between evaluations on the whole validation split
+    eval_every: int = 200  # steps between evaluations on the whole validation split
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script

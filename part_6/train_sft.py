@@ -35,7 +35,7 @@ class Config:
     block_size: int = 128  # longest prompt and answer, in tokens; RoPE lets it be more than the base model's
     curriculum: str = "random"  # order of the demonstrations: easy_first, random or anti
     # optimization
-    steps: int = 150  # optimizer steps
+    steps: int = 300  # optimizer steps
     batch_size: int = 32  # demonstrations per step
     lr: float = 0.003  # Muon's peak rate
     lr_adamw: float = 1e-3  # AdamW's
@@ -44,7 +44,7 @@ class Config:
     decay: float = 0.5  # share of the steps, at the end, in which it falls to 0
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
-    eval_every: int = 50  # steps between evaluations of the loss
+    eval_every: int = 100  # steps between evaluations of the loss
     prompts: int = 512  # held-out stories that are answered and judged at the end
     max_new_tokens: int = 72  # longest answer, in tokens
     dtype: str = ""  # fp32 or bf16; "": fp32 on a CPU, bf16 on CUDA

@@ -4,24 +4,27 @@ Part 8 - PPO: the policy writes, the reward model scores, and what scored above 
     python part_8/train_ppo.py                     from a fresh clone to an aligned model: builds all that it needs
     python part_8/train_ppo.py --kl_coef=0 --kl_target=0 --score_clip=99      no leash: watch reward and gold part
     python part_8/train_ppo.py --data=my.jsonl     your own prompts (instruction, input); gold needs a "check"
+    torchrun --nproc_per_node=2 part_8/train_ppo.py      each process answers and learns from its half of the prompts
 
 An answer is an episode, a token an action. The reward is -beta * (log pi - log pi_sft) at every token, and the reward
 model's score at the last one (Ziegler et al. 2019; Ouyang et al. 2022). Gold is only looked at, never trained on.
 
 From part_7/train_rm.py
-    New      encode, pick, masked_mean, whiten, shape_rewards, gae, ppo_loss, value_loss, next_kl_coef
-             make_optimizer, rollout, texts, judged, learn
+    New      encode, pick, total, masked_mean, whiten, shape_rewards, gae, ppo_loss, value_loss, next_kl_coef
+             rollout, texts, judged, learn
     Changed  Config, load_data, evaluate, draw
-    Removed  pad, make_pair, story_prompts, shuffled, sample_pairs, collate, get_batch, preference_loss, make_optimizers
-             respond, rewards, calibration, length_probe, padding_error, against_truth
+    Removed  pad, lr_scale, make_pair, story_prompts, shuffled, sample_pairs, collate, get_batch, preference_loss
+             make_optimizers, respond, rewards, calibration, length_probe, padding_error, against_truth
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import os
 import time
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.distributed as dist
 
 from model import GPT, ActorCritic, RewardModel
 from shared import (Log, cli, fail, figure, judge, load_checkpoint, read_jsonl, require, save_checkpoint, save_figure,
@@ -34,14 +37,13 @@ class Config:
     data: str = "stories"  # "stories" (the built-in world) or the path of a JSON or JSONL file with Alpaca's fields
     init: str = ""  # the SFT model's checkpoint; "": part_6/out/sft.pt
     rm: str = ""  # the reward model's checkpoint; "": part_7/out/rm.pt
-    # rollout
+    # rollout and reward
     steps: int = 40  # iterations: one rollout, one scoring, a few updates
     batch_size: int = 128  # answers per rollout
     max_new_tokens: int = 72  # longest answer, in tokens
     kl_budget: float = 40.0  # nats; an answer is cut where its running KL passes this
     missing_end: float = -2.0  # score of an answer that does not end
     score_clip: float = 1.5  # scores beyond this many of SFT's standard deviations are the reward model's errors
-    # reward
     kl_coef: float = 0.05  # beta, reward lost per nat of KL, at the start
     kl_target: float = 3.0  # nats per answer that the controller steers to; 0: beta stays fixed
     kl_horizon: float = 4000.0  # answers in which the controller corrects a full error; a run has about 5,000
@@ -54,10 +56,8 @@ class Config:
     vf_clip: float = 0.2  # and a value its old one
     vf_coef: float = 0.5  # weight of the value loss
     max_kl: float = 0.02  # nats per token between rollout's policy and updated one at which a rollout's updates stop
-    lr: float = 3e-4  # AdamW's peak rate, eps 1e-5
+    lr: float = 4e-4  # AdamW's rate at first, eps 1e-5; it falls linearly to 0 over the run
     lr_value: float = 3e-3  # and the value head's: the return that it follows moves fast
-    warmup: float = 0.02  # share of the steps in which the rate rises
-    decay: float = 0.5  # share of the steps, at the end, in which it falls to 0
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
@@ -67,8 +67,9 @@ class Config:
     out: str = ""  # "": out/ beside this script
 
     def __post_init__(self):
-        fits = self.steps > 0 and self.batch_size % self.minibatches == 0
-        assert fits, f"steps must be at least 1, batch_size={self.batch_size} a multiple of minibatches"
+        share = self.minibatches * int(os.environ.get("WORLD_SIZE", 1))
+        fits = self.steps > 0 and self.batch_size % share == 0
+        assert fits, f"steps must be at least 1, batch_size={self.batch_size} a multiple of minibatches * processes"
 
 # data ----------------------------------------------------------------------------------------------------------------
 
@@ -101,13 +102,20 @@ def pick(logp, ids):
     """Log-probabilities of all tokens (..., V), and the ids (...) that came -> theirs."""
     return logp.gather(-1, ids[..., None]).squeeze(-1)
 
+def total(x):
+    """A tensor's sum over all processes, on each of them: itself where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
 def masked_mean(x, mask):
-    return (x * mask).sum() / mask.sum()
+    """The mean over the mask's entries. Of several processes each gets its share: the total is the mean over all."""
+    return (x * mask).sum() / total(mask.sum())
 
 def whiten(x, mask):
     """To mean 0 and variance 1 over the mask's entries; the variance is the biased one, as in OpenAI's code."""
-    x = x - masked_mean(x, mask)
-    return x * torch.rsqrt(masked_mean(x ** 2, mask) + 1e-8) * mask
+    x = x - total(masked_mean(x, mask))
+    return x * torch.rsqrt(total(masked_mean(x ** 2, mask)) + 1e-8) * mask
 
 def shape_rewards(kl, score, mask, beta):
     """-beta * KL at every token of the answer, and the score (B,) at its last one (Ziegler et al. 2019, eq. 2)."""
@@ -116,7 +124,6 @@ def shape_rewards(kl, score, mask, beta):
 
 def gae(rewards, values, mask, last_value, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), from the last token back to the first:
-
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}. After an answer's last token V is
     last_value (B,): 0 where it ended, the critic's V where it was cut. -> advantages, returns = advantages + values.
     """
@@ -144,19 +151,7 @@ def next_kl_coef(coef, kl, target, n, horizon):
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * n / horizon)
 
-# learning rate, optimizer, rollout ------------------------------------------------------------------------------------
-
-def lr_scale(step, cfg):
-    """Warmup, stable, linear decay (WSD, Hu et al. 2024): the rate's share of its peak, for steps 0, 1, ..."""
-    rise = (step + 1) / max(1.0, cfg.warmup * cfg.steps)  # step 0 learns already
-    fall = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)  # and the last step still does
-    return max(0.0, min(1.0, rise, fall))  # 0 for ever after
-
-def make_optimizer(policy, cfg):
-    """AdamW, with a rate of its own for the value head."""
-    head = {"params": [policy.v_head.weight], "peak": cfg.lr_value}
-    rest = {"params": [p for p in policy.parameters() if p is not policy.v_head.weight], "peak": cfg.lr}
-    return torch.optim.AdamW([rest, head], lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+# rollout, learn, evaluate ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def rollout(policy, reference, rm, tok, records, cfg, device):
@@ -196,8 +191,6 @@ def judged(records, answers):
     verdicts = [judge(r, text, ended) for r, (text, ended) in zip(records, answers)]
     return sum(v[2] for v in verdicts) / len(verdicts) if None not in verdicts else float("nan")
 
-# learn, evaluate -----------------------------------------------------------------------------------------------------
-
 def learn(policy, optimizer, batch, advantages, returns, cfg, generator):
     """The updates of one rollout: epochs x minibatches, until the policy is max_kl nats per token from where it was."""
     stats = {"loss": [], "clip_fraction": [], "entropy": []}
@@ -210,29 +203,28 @@ def learn(policy, optimizer, batch, advantages, returns, cfg, generator):
             if "first_ratio_error" not in stats:
                 stats["first_ratio_error"] = (((logp - old).exp() - 1).abs() * mask).max().item()
             log_ratio = (logp - old).detach()
-            stats["step_kl"] = masked_mean(log_ratio.exp() - 1 - log_ratio, mask).item()  # k3: never negative
+            stats["step_kl"] = total(masked_mean(log_ratio.exp() - 1 - log_ratio, mask)).item()  # k3: never negative
             if stats["step_kl"] > cfg.max_kl:
                 return stats
             policy_part, clipped = ppo_loss(logp, old, advantages[rows], mask, cfg.clip)
             value_part = value_loss(values, batch["values"][rows], returns[rows], mask, cfg.vf_clip)
             optimizer.zero_grad(set_to_none=True)
             (policy_part + cfg.vf_coef * value_part).backward()
+            for p in policy.parameters():
+                total(p.grad)  # the losses are shares of one mean
             torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
             optimizer.step()
-            entropy = torch.special.entr(all_logp.detach().exp()).sum(dim=-1).mean()
+            entropy = torch.special.entr(all_logp.detach().exp()).sum() / total(mask.sum())
             for name, value in (("loss", policy_part), ("clip_fraction", clipped), ("entropy", entropy)):
-                stats[name].append(value.item())
+                stats[name].append(total(value.detach()).item())
     return stats
 
 def evaluate(policy, reference, rm, tok, records, cfg, device):
     """Answers to held-out prompts -> gold, mean reward, exact KL in nats per answer, and the answers."""
-    scores, kls, answers = [], [], []
-    for i in range(0, len(records), 128):
-        batch = rollout(policy, reference, rm, tok, records[i:i + 128], cfg, device)
-        scores += batch["score"].tolist()
-        kls += batch["exact_kl"].tolist()
-        answers += texts(batch, tok)
-    return judged(records, answers), sum(scores) / len(scores), sum(kls) / len(kls), answers
+    parts = [rollout(policy, reference, rm, tok, records[i:i + 128], cfg, device) for i in range(0, len(records), 128)]
+    answers = [answer for part in parts for answer in texts(part, tok)]
+    score, kl = (torch.cat([part[name] for part in parts]).mean().item() for name in ("score", "exact_kl"))
+    return judged(records, answers), score, kl, answers
 
 def draw(records, sft, ppo, path):
     """The run as one figure: log records, and (gold, reward, KL) on held-out prompts before and after."""
@@ -252,6 +244,9 @@ def draw(records, sft, ppo, path):
 if __name__ == "__main__":
     cfg = cli(Config())
     device, _ = setup(cfg)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # data and models
     sft = load_checkpoint(cfg.init or require("part_6/out/sft.pt"), "sft")
@@ -264,44 +259,49 @@ if __name__ == "__main__":
     rm = RewardModel.load(scorer, **scorer["head"]).to(device)
     train, val = load_data(cfg, tok, policy.cfg.block_size)
     before = evaluate(policy, reference, rm, tok, val, cfg, device)
-    optimizer = make_optimizer(policy, cfg)
+    torch.manual_seed(cfg.seed + rank)  # from here on each process draws answers of its own
+    head = {"params": [policy.v_head.weight], "peak": cfg.lr_value}
+    rest = {"params": [p for p in policy.parameters() if p is not policy.v_head.weight], "peak": cfg.lr}
+    optimizer = torch.optim.AdamW([rest, head], eps=1e-5, weight_decay=0.0)
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(train), generator=generator).tolist()
     log = Log(cfg, cfg.steps)
     print(f"{len(train):,} prompts, {len(val):,} held out; SFT gold {before[0]:.3f}, reward {before[1]:.3f}")
 
     # loop
-    beta, first_ratio_error = cfg.kl_coef, 0.0
+    beta = cfg.kl_coef
     for step in range(cfg.steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_scale(step, cfg)
-        start, first = time.time(), step * cfg.batch_size
-        asked = [train[order[i % len(order)]] for i in range(first, first + cfg.batch_size)]  # round and round
+            group["lr"] = group["peak"] * (1 - step / cfg.steps)
+        start, first = time.time(), step * cfg.batch_size + rank
+        asked = [train[order[i % len(order)]] for i in range(first, first + cfg.batch_size, world)]  # round and round
         batch = rollout(policy, reference, rm, tok, asked, cfg, device)
         rewards = shape_rewards(batch["kl"], batch["score"], batch["mask"], beta)
         advantages, returns = gae(rewards, batch["values"], batch["mask"], batch["last_value"], cfg.gamma, cfg.lam)
         middle = time.time()
         stats = learn(policy, optimizer, batch, whiten(advantages, batch["mask"]), returns, cfg, generator)
         batch["seconds"].append(time.time() - middle)
-        first_ratio_error = max(first_ratio_error, stats["first_ratio_error"])
         assert stats["first_ratio_error"] < 1e-4, f"sampler and scorer disagree by {stats['first_ratio_error']}"
 
         # report
-        kl, mask = batch["exact_kl"].mean().item(), batch["mask"]
-        error, spread = (masked_mean((returns - v) ** 2, mask) for v in (batch["values"], masked_mean(returns, mask)))
+        mean = lambda x: total(x.float().mean()).item() / world  # over all processes' answers
+        got, expected = returns[batch["mask"]], batch["values"][batch["mask"]]
         values = {
-            "reward": batch["score"].mean().item(), "gold": judged(asked, texts(batch, tok)), "kl": kl, "beta": beta,
+            "reward": mean(batch["score"]), "gold": mean(torch.tensor(judged(asked, texts(batch, tok)))),
+            "kl": mean(batch["exact_kl"]), "beta": beta, "length": mean(batch["mask"].sum(dim=1)),
             **{k: sum(v) / max(len(v), 1) if isinstance(v, list) else v for k, v in stats.items()},
-            "explained_variance": (1 - error / spread).item(), "length": mask.sum(dim=1).float().mean().item(),
-            "ended": batch["ended"].float().mean().item(), "cut": batch["cut"].float().mean().item(),
+            "explained_variance": mean(1 - (got - expected).var() / got.var()),
+            "ended": mean(batch["ended"]), "cut": mean(batch["cut"]),
             **dict(zip(("rollout_s", "score_s", "update_s"), batch["seconds"])),
-            "completions_per_s": len(asked) / (time.time() - start),
+            "completions_per_s": cfg.batch_size / (time.time() - start),
         }
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
             values["val_gold"], _, values["val_kl"], _ = evaluate(policy, reference, rm, tok, val, cfg, device)
         log(step, **values)
         if cfg.kl_target:
-            beta = next_kl_coef(beta, kl, cfg.kl_target, len(asked), cfg.kl_horizon)
+            beta = next_kl_coef(beta, values["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
+    if rank > 0:
+        sys.exit(0)
 
     # what came of it: the table, five prompts side by side, the figure
     seconds, records = log.seconds, read_jsonl(Path(cfg.out) / "log.jsonl", ["step"])
@@ -310,7 +310,7 @@ if __name__ == "__main__":
                     **policy.to_checkpoint(), tokenizer=tok.state())
     save_metrics(cfg, sft_gold=before[0], ppo_gold=after[0], sft_reward=before[1], ppo_reward=after[1], kl=after[2],
                  seconds=seconds, completions_per_s=sum(r["completions_per_s"] for r in records) / cfg.steps,
-                 first_ratio_error=first_ratio_error, steps=cfg.steps, seed=cfg.seed)
+                 first_ratio_error=max(r["first_ratio_error"] for r in records), steps=cfg.steps, seed=cfg.seed)
     draw(records, before, after, Path(cfg.out) / "train_ppo.png")
     for r, (old, _), (new, _) in list(zip(val, before[3], after[3]))[:5]:
         print(f"\n{r['instruction']}\n  SFT: {old}\n  PPO: {new}")
