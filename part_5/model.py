@@ -42,8 +42,7 @@ class GPTConfig:
 
 def causal_mask(q_pos, k_pos, window=0, sink=0):
     """May the query at position q see the key at position k? Only k <= q. (T,) and (S,) positions -> (T, S) bool.
-    0,1,2 with itself: [[1,0,0], [1,1,0], [1,1,1]]. A window asks for k > q - window too, or k < sink.
-    """
+    0,1,2 with itself: [[1,0,0], [1,1,0], [1,1,1]]. A window asks for k > q - window too, or k < sink."""
     mask = k_pos[None, :] <= q_pos[:, None]
     if window:
         mask &= (k_pos[None, :] > q_pos[:, None] - window) | (k_pos[None, :] < sink)
@@ -90,8 +89,7 @@ class RMSNorm(nn.Module):
 class KVCache:
     """The keys and values of the tokens so far, per layer: a ring that keeps the first `sink` and the last `window`.
     Position p lives in slot p while p < sink, then in slot sink + (p - sink) % window (0: block_size). Keys are stored
-    turned. Memory: 2 * n_layer * B * G * size * D numbers, however long the stream.
-    """
+    turned. Memory: 2 * n_layer * B * G * size * D numbers, however long the stream."""
     def __init__(self, cfg, B, device=None, dtype=None):
         self.sink, self.window = cfg.sink, cfg.window or cfg.block_size
         self.size = self.sink + self.window
@@ -107,24 +105,26 @@ class KVCache:
         self.old, self.used = min(t, self.size), min(self.t, self.size)
         # a chunk may overwrite keys that its own first queries still see: then it attends before it writes
         self.wraps = T > 1 and self.t > self.size  # one token never does: what it replaces has just left the window
-        seen = torch.cat([self.pos[:self.old], new])
-        if self.wraps:
-            self.keep = (new < self.sink) | (new >= self.t - self.window)
-            self.slot = torch.where(new < self.sink, new, self.sink + (new - self.sink) % self.window)[self.keep]
-        else:
+        if not self.wraps:
             first = t if t < self.size else self.sink + (t - self.sink) % self.window
-            self.slot, self.keep = slice(first, first + T), slice(None)
+            self.slot = slice(first, first + T)
+            self.pos[self.slot] = new
+            return new, self.pos[:self.used]
+        seen = torch.cat([self.pos[:self.old], new])
+        self.keep = (new < self.sink) | (new >= self.t - self.window)
+        self.slot = torch.where(new < self.sink, new, self.sink + (new - self.sink) % self.window)[self.keep]
         self.pos[self.slot] = new[self.keep]
-        return new, seen if self.wraps else self.pos[:self.used]
+        return new, seen
 
     def update(self, layer, k, v):
         """One layer's new keys and values (B, G, T, D) -> all that its queries may see, (B, G, S, D)."""
         K, V = self.k[layer], self.v[layer]
-        if self.wraps:
-            seen = torch.cat([K[:, :, :self.old], k], dim=2), torch.cat([V[:, :, :self.old], v], dim=2)
-        K[:, :, self.slot] = k[:, :, self.keep]
-        V[:, :, self.slot] = v[:, :, self.keep]
-        return seen if self.wraps else (K[:, :, :self.used], V[:, :, :self.used])
+        if not self.wraps:
+            K[:, :, self.slot], V[:, :, self.slot] = k, v
+            return K[:, :, :self.used], V[:, :, :self.used]
+        seen = torch.cat([K[:, :, :self.old], k], dim=2), torch.cat([V[:, :, :self.old], v], dim=2)
+        K[:, :, self.slot], V[:, :, self.slot] = k[:, :, self.keep], v[:, :, self.keep]
+        return seen
 
 class Attention(nn.Module):
     """H query heads share G key/value heads (Ainslie et al. 2023). Queries and keys are normed, then turned."""
