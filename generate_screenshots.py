@@ -23,14 +23,19 @@ class Config:
     all: bool = False  # also run what has no figure yet (a train script builds what it needs)
     out: str = "screenshots"  # folder to write, in the repository
 
+SECONDS = {  # what each takes on two cores, once the parts before it are built; others: about 60
+}
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #6a737d; --card: #f6f8fa }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117; --soft: #8b949e; --card: #161b22 } }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 1rem; color: var(--ink);
        background: var(--paper) }
 nav a { margin-right: 1rem } a { color: #0072b2 }
-.part { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)); gap: 1rem }
+.part { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)); gap: 1rem;
+        align-items: start }
 figure { margin: 0; padding: 1rem; background: var(--card); border-radius: 8px; min-width: 0 }
+@media (max-width: 480px) { figure { padding: .6rem } body { padding: .6rem } nav a { display: inline-block } }
 img { width: 100%; height: auto; background: #fff; border-radius: 4px }
 figcaption { font-weight: 600; margin: .5rem 0 } code { color: var(--soft); overflow-wrap: anywhere }
 table { border-collapse: collapse; font-size: 14px } td { padding: .1rem .8rem .1rem 0; overflow-wrap: anywhere }
@@ -58,11 +63,12 @@ def numbers(script):
 
 def card(script, path, name):
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in numbers(script).items()}
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in shown.items())
+    rows = [f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in shown.items()]
+    first, rest = ("<table>" + "".join(part) + "</table>" for part in (rows[:8], rows[8:]))
+    more = f"<details><summary>{len(rows) - 8} more numbers</summary>{rest}</details>" if len(rows) > 8 else ""
     said = html.escape(title(path))
     return (f'<figure><a href="{name}"><img src="{name}" alt="{said}" loading="lazy"></a>'
-            f"<figcaption>{said}</figcaption><code>python {script.relative_to(ROOT)}</code>"
-            f"<details><summary>numbers</summary><table>{rows}</table></details></figure>")
+            f"<figcaption>{said}</figcaption><code>python {script.relative_to(ROOT)}</code>{first}{more}</figure>")
 
 def page(cards):
     parts = sorted(cards)
@@ -76,15 +82,18 @@ def page(cards):
 if __name__ == "__main__":
     cfg = cli(Config())
     missing = [path for _, path in scripts() if not figures(path)]
+    broken = []
     if cfg.all and missing:
-        print(f"{len(missing)} scripts to run, one after the other: some minutes each")
+        minutes = sum(SECONDS.get(str(path.relative_to(ROOT)), 60) for path in missing) / 60
+        print(f"{len(missing)} scripts to run, one after the other: about {minutes:.0f} minutes on two cores")
         for i, path in enumerate(missing):
             start = time.time()
             print(f"\n[{i + 1}/{len(missing)}] {path.relative_to(ROOT)}", flush=True)
             if not figures(path):  # an earlier one may have built it
                 code = subprocess.run([sys.executable, path]).returncode
-                if code:
+                if code == 130:  # Ctrl-C
                     sys.exit(code)
+                broken += [path] if code else []
             print(f"{time.time() - start:.0f} s")
         missing = [path for path in missing if not figures(path)]
     folder, cards = ROOT / cfg.out, {}
@@ -98,3 +107,6 @@ if __name__ == "__main__":
     print(f"{sum(map(len, cards.values()))} figures in {cfg.out}/, open {cfg.out}/index.html")
     for path in missing:
         print(f"  not run yet: python {path.relative_to(ROOT)}")
+    for path in broken:
+        print(f"  FAILED: python {path.relative_to(ROOT)}")
+    sys.exit(1 if broken else 0)

@@ -19,10 +19,10 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 MAKERS = {  # what require() can build: by which script, in about how many seconds on two cores
     "data/stories": ("part_0/prepare_data.py", 8), "part_1/out/gpt.pt": ("part_1/train.py", 25),
-    "part_2/out/gpt.pt": ("part_2/train.py", 100), "part_3/out/gpt.pt": ("part_3/train.py", 110),
+    "part_2/out/gpt.pt": ("part_2/train.py", 80), "part_3/out/gpt.pt": ("part_3/train.py", 90),
     "part_4/out/base.pt": ("part_4/train.py", 90), "part_5/out/gpt.pt": ("part_5/train.py", 150),
-    "part_6/out/sft.pt": ("part_6/train_sft.py", 70), "part_7/out/rm.pt": ("part_7/train_rm.py", 130),
-    "part_8/out/ppo.pt": ("part_8/train_ppo.py", 180),
+    "part_6/out/sft.pt": ("part_6/train_sft.py", 90), "part_7/out/rm.pt": ("part_7/train_rm.py", 160),
+    "part_8/out/ppo.pt": ("part_8/train_ppo.py", 110), "part_9/out/grpo.pt": ("part_9/train_grpo.py", 110),
 }
 
 def fail(message, code=2):

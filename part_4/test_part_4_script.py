@@ -211,6 +211,7 @@ NONSENSE = {  # name: (options, what the one line says)
     "type": (["--steps=three"], "--steps wants an int, got 'three'"),
     "accum": (["--accum=3"], "batch_size=4"),
     "heads": (["--n_head=3"], "n_embd=16"),
+    "layers": (["--n_layer=0"], "n_layer at least 1"),
     "device": (["--device=tpu"], "--device=tpu is not available here"),
     "dtype": (["--dtype=fp8"], "--dtype=fp8: it is fp32, bf16"),
     "missing": (["--data=nowhere.txt"], "there is no file nowhere.txt"),

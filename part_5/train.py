@@ -86,8 +86,8 @@ def load_data(cfg, gpt_cfg):
         text = read_text(cfg.data)
         train, val = text[:int(0.9 * len(text))], text[int(0.9 * len(text)):]
     least = 256 + len(SPECIAL)
-    if gpt_cfg.vocab_size < least or gpt_cfg.block_size < 1:
-        fail(f"vocab_size must be at least {least}, the bytes and the special tokens, and block_size at least 1")
+    if gpt_cfg.vocab_size < least or min(gpt_cfg.block_size, gpt_cfg.n_layer) < 1:
+        fail(f"vocab_size must be at least {least} (bytes and special tokens), block_size and n_layer at least 1")
     tok = Tokenizer.train(train + extra, gpt_cfg.vocab_size)
     gpt_cfg.vocab_size = tok.vocab_size  # what was really merged: a small world has fewer words than asked for
     train_ids, val_ids = torch.tensor(tok.encode(train)), torch.tensor(tok.encode(val))

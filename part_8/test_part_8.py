@@ -196,7 +196,7 @@ def test_rollout_row_by_row(models, budget):
         spent, stop, cut = 0.0, end, False
         for t in range(n, end):
             spent += (logp[t - 1, ids[t]] - other[t - 1, ids[t]]).item()
-            if spent > budget:
+            if spent > budget and ids[t] != END:
                 stop, cut = t + 1, True
                 break
         raw = rm(row, torch.tensor([n]), torch.tensor([end])).clamp(-cfg.score_clip, cfg.score_clip).item()
@@ -388,7 +388,7 @@ NONSENSE = {  # name: (options, what the one line says)
     "truncated": (["--init={0}/half.pt"], "half.pt is truncated or not a checkpoint"),
     "foreign": (["--rm={0}/data.jsonl"], "data.jsonl is truncated or not a checkpoint"),
     "kind": (["--rm={0}/sft.pt"], "sft.pt is a 'sft' checkpoint, wanted is 'rm'"),
-    "tokenizer": (["--rm={0}/other.pt"], "different tokenizers"),
+    "tokenizer": (["--rm={0}/other.pt"], "another tokenizer or a shorter context"),
     "nan": (["--lr=1e30", "--max_kl=1e30"], "loss is nan at step"),
 }
 

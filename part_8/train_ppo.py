@@ -169,7 +169,7 @@ def rollout(policy, reference, rm, tok, records, cfg, device):
     now, then = (z.log_softmax(dim=-1) for z in (logits, reference.lm_head(reference.trunk(ids)[at])))  # (N, V)
     exact_kl = torch.zeros_like(logp).masked_scatter(mask, (now.exp() * (now - then)).sum(dim=-1)).sum(dim=1)  # (B,)
     kl = logp - logp.masked_scatter(mask, pick(then, ids[sampled]))  # (B, T): the same, on the sampled token alone
-    over = (kl.cumsum(dim=1) > cfg.kl_budget) & mask
+    over = (kl.cumsum(dim=1) > cfg.kl_budget) & mask & (ids[:, 1:] != end)  # an end is no place to cut
     cut = over.any(dim=1)
     mask = mask & (over.cumsum(dim=1) <= over.int())  # up to and with the token that passes the budget
     score = rm(ids, starts, lengths).clamp(-cfg.score_clip, cfg.score_clip)
@@ -252,8 +252,9 @@ if __name__ == "__main__":
     sft = load_checkpoint(cfg.init or require("part_6/out/sft.pt"), "sft")
     scorer = load_checkpoint(cfg.rm or require("part_7/out/rm.pt"), "rm")
     tok = Tokenizer.load(sft["tokenizer"])
-    if scorer["tokenizer"] != sft["tokenizer"]:
-        fail("the reward model and the policy have different tokenizers: train --rm from the checkpoint of --init")
+    short = scorer["gpt_config"]["block_size"] < sft["gpt_config"]["block_size"]
+    if short or scorer["tokenizer"] != sft["tokenizer"]:
+        fail("the reward model has another tokenizer or a shorter context: train --rm from the checkpoint of --init")
     policy = ActorCritic.load(sft).to(device)
     reference = GPT.load(sft).to(device)
     rm = RewardModel.load(scorer, **scorer["head"]).to(device)
