@@ -48,7 +48,7 @@ class Config:
     margin: float = 1.0  # of the hinge
     center: float = 0.01  # weight of (r_chosen + r_rejected)^2 (Eisenstein et al. 2023): keeps rewards near 0
     # optimization
-    steps: int = 600  # optimizer steps
+    steps: int = 500  # optimizer steps
     batch_size: int = 24  # pairs per step
     lr: float = 0.003  # Muon's peak rate
     lr_adamw: float = 1e-3  # AdamW's

@@ -289,7 +289,7 @@ class RewardModel(GPT):
         self.head, self.bidirectional = head, bidirectional
         self.after, self.suits = nn.Linear(cfg.n_embd, 1, bias=False), nn.Linear(cfg.n_embd, 1, bias=False)
         nn.init.normal_(self.after.weight, std=(cfg.n_embd + 1) ** -0.5)
-        nn.init.ones_(self.suits.weight)  # the product's sum is the token's logit: begin with what the policy expects
+        nn.init.constant_(self.suits.weight, 0.1)  # times 10: the token's logit, what the policy expects
         self.register_buffer("shift", torch.zeros(()))  # set after training: rewards of mean 0
         self.register_buffer("scale", torch.ones(()))  # and variance 1 on what the SFT policy writes
 
