@@ -7,8 +7,7 @@ Part 7 - Bradley-Terry, margin ranking and centring; more pairs; the score at th
 Bradley-Terry (InstructGPT, eq. 1) fits probabilities: sigmoid(r_a - r_b) can be held against this world's true ones,
 sigmoid(gap / tau). The hinge only ranks; what its differences of reward claim as probabilities is nowhere in its loss.
 Both are blind to a constant added to all rewards; Eisenstein et al. 2023 (eq. 2) pull them towards 0.
-Reduced: the world's pairs only, each seen once, 1280 instead of 9600 visits; fewer pairs are fewer steps too.
-Intervals: the range over seeds, but never less than 95 % of what this number of held-out pairs leaves open.
+Reduced: 1280 of the world's pairs, each seen once, instead of 9600 visits; fewer pairs are fewer steps too.
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,10 +25,9 @@ from tokenizer import Tokenizer
 from train_rm import (Config as RMConfig, against_truth, get_batch, load_data, lr_scale, make_optimizers,
                       preference_loss, rewards)
 
-ARMS = {  # name -> what differs from Bradley-Terry on the mean of a causal model's scores; "share" is of the pairs
+ARMS = {  # name -> what differs from Bradley-Terry on the mean of a causal model's scores; 10 % and 30 %: of its pairs
     "Bradley-Terry": {}, "margin": {"loss": "margin"}, "centred": {"center": 0.01},
-    "last token": {"head": "last"}, "encoder": {"bidirectional": 1}, "10 %": {"share": 0.1}, "30 %": {"share": 0.3},
-}
+    "last token": {"head": "last"}, "encoder": {"bidirectional": 1}, "10 %": {}, "30 %": {}}
 BT, *_ = LOSSES = list(ARMS)[:3]
 
 @dataclass
@@ -44,7 +42,7 @@ class Config:
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script
     def __post_init__(self):
-        assert min(self.pairs, self.batch_size, self.held_out, self.seeds) > 0, "pairs and the like: at least 1"
+        assert min(self.pairs, self.batch_size, self.held_out, self.seeds) > 0, "sizes must be at least 1"
 
 def train(model, pairs, rm, device, log, first, arm):
     optimizers = make_optimizers(model, rm)
@@ -62,46 +60,41 @@ def train(model, pairs, rm, device, log, first, arm):
         log(first + step, arm=arm, loss=loss.item())
 
 def spread(shares, n):
-    """Shares of n pairs, one per seed -> half the width of their interval, as the docstring says."""
+    """Shares of n pairs, one per seed -> half of their interval: the seeds' range, but never less than 95 %."""
     mean, m = np.mean(shares), n * len(shares)
     return max(np.abs(shares - mean).max(), 1.96 * (mean * (1 - mean) / m + 1 / m**2) ** 0.5)
 
 def compare(a, b, n):
-    """How b's shares compare with a's, in words."""
     d = np.mean(b) - np.mean(a)
     return f"{d:+.3f}" if abs(d) > spread(a, n) + spread(b, n) else "no difference"
 
 def bars(ax, found, arms, key, n=0):
-    """A bar per arm: its mean; with n, the interval of a share of n, up to the Bayes accuracy at best."""
+    """A bar per arm: its mean; with n, the interval of a share of n."""
     mean = [found[arm][key].mean() for arm in arms]
-    ax.bar(arms, mean, color=["C0", "C1", "C2"], alpha=0.8, capsize=4,
-           yerr=[spread(found[arm][key], n) for arm in arms] if n else None)
-    for i, value in enumerate(mean):
-        ax.annotate(f" {value:.2f}", (i, value), va="bottom", fontsize=9)
-    ax.tick_params(axis="x", labelsize=7)
+    half = [spread(found[arm][key], n) for arm in arms] if n else None
+    ax.bar(arms, mean, color=["C0", "C1", "C2"], alpha=0.8, capsize=4, yerr=half)
+    ax.set_xticks(range(len(arms)), [f"{arm}\n{value:.2f}" for arm, value in zip(arms, mean)], fontsize=8)
     if n:
-        ax.axhline(found[arms[0]]["bayes_accuracy"].mean(), color="gray", linestyle="--", label="Bayes accuracy")
-        ax.set(ylabel="share of held-out labels", ylim=(0.5, 1))
-        ax.legend(fontsize=8, loc="upper right")
+        ax.axhline(found[arms[0]]["bayes_accuracy"].mean(), color="gray", linestyle="--")
+        ax.set(ylabel="accuracy on labels (dashed: Bayes)", ylim=(0.5, 1))
 
 def draw(found, curves, sizes, n, said, path):
-    """Above: the three losses. Below: more pairs, larger gaps, other heads."""
     fig, ((ax, middle, right), (pairs, gaps, heads)) = figure(said, rows=2, columns=3, height=7.5)
     bars(ax, found, LOSSES, "accuracy", n)
-    middle.plot([0, 1], [0, 1], color="gray", linestyle="--")
+    middle.axline([0, 0], [1, 1], color="gray", linestyle="--")
     for arm in LOSSES:
         middle.plot(*curves[arm], ".-", label=f"{arm}: off by {found[arm]['calibration_error'].mean():.3f}")
     middle.set(xlabel="claimed probability", ylabel="true probability")
-    middle.legend(fontsize=7, loc="upper left")
+    middle.legend(fontsize=7, loc="lower right")
     bars(right, found, LOSSES, "mean_size")
     right.set(ylabel="mean |reward|, raw")
-    accuracy = [found[arm]["accuracy"] for arm in sizes]
-    pairs.errorbar(sizes.values(), np.mean(accuracy, axis=1), [spread(a, n) for a in accuracy], fmt="o-", capsize=3)
-    pairs.set(xlabel="pairs, each seen once", ylabel="share of held-out labels", xscale="log", ylim=(0.5, 1))
+    x, accuracy = list(sizes.values()), [found[arm]["accuracy"] for arm in sizes]
+    pairs.errorbar(x, np.mean(accuracy, axis=1), [spread(a, n) for a in accuracy], fmt="o-", capsize=3)
+    pairs.set(xlabel="pairs, each seen once", ylabel="accuracy on labels", xticks=x, ylim=(0.5, 1))
     gaps.bar([1, 2, 3, 4], [found[BT][f"true_order_gap_{g}"].mean() for g in (1, 2, 3, 4)], color="C4")
     gaps.set(xlabel="gap, in checks held", ylabel="share in true order", xticks=[1, 2, 3, 4], ylim=(0.5, 1))
     bars(heads, {"mean": found[BT], **found}, ["mean", "last token", "encoder"], "accuracy", n)
-    heads.set(xlabel="score; mean and last token: causal")
+    heads.set_xlabel("where the score is read")
     save_figure(fig, path)
 
 if __name__ == "__main__":
@@ -111,38 +104,35 @@ if __name__ == "__main__":
     tok = Tokenizer.load(sft["tokenizer"])
     tau = json.loads(read_text(require("data/stories") / "facts.json"))["tau"]
     world, val = load_data(cfg, tok, sft["gpt_config"]["block_size"])
-    val = val[:cfg.held_out]
-    N = min(cfg.pairs, len(world))
-    steps = {arm: max(1, round(N * how.get("share", 1)) // cfg.batch_size) for arm, how in ARMS.items()}
+    val, N = val[:cfg.held_out], min(cfg.pairs, len(world))
+    steps = {arm: max(1, round(N * {"10 %": 0.1, "30 %": 0.3}.get(arm, 1)) // cfg.batch_size) for arm in ARMS}
 
     # seven trainings per seed: the same pairs, the same start of the head
     log, first = Log(cfg, cfg.seeds * sum(steps.values()), name="demo_losses"), 0
     rows, curves = {arm: [] for arm in ARMS}, {}
     for seed, (arm, how) in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), ARMS.items()):
         perm = torch.randperm(len(world), generator=torch.Generator().manual_seed(seed)).tolist()
-        how = {"center": 0.0, **{k: v for k, v in how.items() if k != "share"}}
-        rm = RMConfig(steps=steps[arm], batch_size=cfg.batch_size, seed=seed, **how)
+        rm = RMConfig(**{"center": 0.0, **how}, steps=steps[arm], batch_size=cfg.batch_size, seed=seed)
         torch.manual_seed(seed)
         model = RewardModel.load(sft, head=rm.head, bidirectional=rm.bidirectional).to(device)
         train(model, [world[i] for i in perm[:rm.steps * rm.batch_size]], rm, device, log, first, arm)
-        chosen, rejected = rewards(model, val, device)
-        truth, curves[arm] = against_truth(chosen - rejected, val, tau)
-        size = torch.cat([chosen, rejected]).abs().mean().item()
-        rows[arm].append({"accuracy": (chosen > rejected).float().mean().item(), "mean_size": size, **truth})
+        both = torch.stack(rewards(model, val, device))
+        truth, curves[arm] = against_truth(both[0] - both[1], val, tau)
+        accuracy, size = (both[0] > both[1]).float().mean().item(), both.abs().mean().item()
+        rows[arm].append({"accuracy": accuracy, "mean_size": size, **truth})
         first += rm.steps
     found = {arm: {key: np.array([m[key] for m in ms]) for key in ms[0]} for arm, ms in rows.items()}
 
     # what came out
     for arm, m in found.items():
-        shown = ("accuracy", "true_order", "calibration_error", "mean_size")
-        print(f"{arm:14}", *(f"{key} {m[key].mean():.3f}" for key in shown), sep="  ")
+        print(f"{arm:14}", *(f"{key} {v.mean():.3f}" for key, v in m.items()), sep="  ")
     n, sizes = len(val), {arm: steps[arm] * cfg.batch_size for arm in ("10 %", "30 %", BT)}
     off, size = ([found[arm][key].mean() for arm in LOSSES] for key in ("calibration_error", "mean_size"))
     against = {arm: compare(found[BT]["accuracy"], m["accuracy"], n) for arm, m in found.items()}
-    said = (f"Probabilities off by: Bradley-Terry {off[0]:.2f}, margin {off[1]:.2f}, centred {off[2]:.2f}\n"
-            f"Centring: mean |reward| {size[0]:.2f} to {size[2]:.2f}, accuracy {against['centred']}; {sizes['10 %']} pairs "
-            f"instead of {sizes[BT]}: {against['10 %']}\nAccuracy against a causal mean: "
-            f"last token {against['last token']}, encoder {against['encoder']} (seeds: {cfg.seeds})")
+    said = (f"Probabilities off by {off[0]:.2f} (Bradley-Terry), {off[1]:.2f} (margin), {off[2]:.2f} (centred)\n"
+            f"Centring: mean |reward| {size[0]:.1f} to {size[2]:.1f}; accuracy: {against['centred']}\n"
+            f"{sizes['10 %']} pairs: {against['10 %']}; last token: {against['last token']}; "
+            f"encoder: {against['encoder']}")
     print(said)
     draw(found, curves, sizes, n, said, Path(cfg.out) / "demo_losses.png")
     save_metrics(cfg, name="demo_losses", pairs=N, held_out=n, seeds=cfg.seeds, seed=cfg.seed,

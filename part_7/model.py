@@ -299,7 +299,7 @@ class RewardModel(GPT):
         real = torch.arange(idx.size(1), device=idx.device) < lengths[:, None]
         x = self.trunk(idx, mask=real[:, None, None, :] if self.bidirectional else None)  # no pad keys
         before = F.pad(x, (0, 0, 1, 0))[:, :-1]  # (B, T, C): the state in which each token was chosen
-        return 10 * (self.after(x) + self.suits(before * self.lm_head.weight[idx])).squeeze(-1)
+        return 10 * (self.after(x) + self.suits(before * F.embedding(idx, self.lm_head.weight))).squeeze(-1)
 
     def forward(self, idx, starts, lengths):
         """Rewards (B,) of the answers idx[b, starts[b]:lengths[b]], the end token included."""

@@ -145,6 +145,17 @@ def test_load_from_sft_starts_the_head_alone():
     with pytest.raises(AssertionError, match="trunk does not fit: .*h.1.attn"):  # layers that have no place
         RewardModel.load({**sft, "gpt_config": {**sft["gpt_config"], "n_layer": 1}})
 
+def test_gradients_are_the_same_to_the_bit_each_time():
+    """With threads, too: indexing a table by ids adds up its gradient in any order, an embedding in one."""
+    model, batch, found = make("mean", 0), collate(pairs() * 40), []
+    torch.set_num_threads(2)
+    for _ in range(6):
+        model.zero_grad()
+        model(*batch).sum().backward()
+        found.append(model.lm_head.weight.grad.clone())
+    torch.set_num_threads(1)
+    assert all(torch.equal(found[0], grad) for grad in found)
+
 def test_checkpoint_round_trip():
     model, batch = make("last", 1), collate(pairs())
     model.shift.fill_(0.3), model.scale.fill_(1.7)
