@@ -74,7 +74,7 @@ def draw_row(x, y, said, path, exercises=7):
         for s in range(t + 1):
             cell(steps, s, -t, x[s], "C0")
         cell(steps, t + 1, -t, y[t], "C1")
-        steps.text(n - 0.5, -t, f"position {t + 1}: sees {t + 1}, says {name_of(y[t])}", ha="right", va="center", size=9)
+        steps.text(n - 0.5, -t, f"sees {t + 1}, must say {name_of(y[t])}", ha="right", va="center", size=9)
     shift.legend(loc="upper right", fontsize=8)
     shift.set(ylim=(-0.6, 2.2), yticks=[0, 1], yticklabels=["y, targets", "x, inputs"], xlabel="position in the row")
     steps.set(ylim=(-exercises + 0.3, 0.7), yticks=[], ylabel="one row, many exercises", xlabel="position in the row")

@@ -5,10 +5,9 @@ Part 2 - the same model and the same steps on less and less text: when training 
     python part_2/demo_overfit.py --seeds=3
     python part_2/demo_overfit.py --sizes=1000,100000 --steps=1000
 
-A model that has seen a text often enough knows it by heart, and that is no help with the next text. The loss on the text
-it trains on keeps falling, the loss on new text turns. Where they part depends on how often each byte came by: steps *
-batch * T / bytes. Both losses are measured alike, in one state of the model, each on as much text as the other where
-there is so much.
+A model that has read a text often enough knows it by heart, and that is no help with the next text: the loss on the
+text it trains on keeps falling, the loss on new text turns. When they part depends on how often each byte came by,
+steps * batch * T / bytes. Both losses are measured alike, in one state of the model.
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -115,12 +114,13 @@ if __name__ == "__main__":
 
     # what came out
     for size, runs in results.items():
-        print(f"{said_of(size, runs, cfg.gap)}; each byte came by {cfg.steps * cfg.batch_size * T / size:,.1f} times")
+        print(f"{said_of(size, runs, cfg.gap)}; a byte came by {cfg.steps * cfg.batch_size * T / size:,.1f} times")
     ends = {size: runs[:, -1, 2] - runs[:, -1, 1] for size, runs in results.items()}
     steps = {size: parting(runs.mean(dim=0), cfg.gap) for size, runs in results.items()}
     said = "\n".join(f"{size:,} bytes: " + (
         f"never parted, {ends[size].mean():.2f} nats apart at the end" if steps[size] is None else
-        f"parted at step {steps[size]}, {ends[size].mean():.2f} nats apart at the end") for size in (sizes[0], sizes[-1]))
+        f"parted at step {steps[size]}, {ends[size].mean():.2f} nats apart at the end")
+        for size in (sizes[0], sizes[-1]))
     draw(results, cfg, said, Path(cfg.out) / "demo_overfit.png")
     save_metrics(cfg, name="demo_overfit", sizes=sizes, parted_at=list(steps.values()), seed=cfg.seed, seeds=cfg.seeds,
                  gap=[end.tolist() for end in ends.values()], seconds=log.seconds,

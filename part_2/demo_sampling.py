@@ -22,7 +22,12 @@ from shared import (Log, cli, figure, load_checkpoint, read_text, require, save_
                     story_patterns)
 from train import decode, encode
 
-BARS = {"temperature 1": {}, "temperature 0.5": {"temperature": 0.5}, "top-k 3": {"top_k": 3}, "top-p 0.7": {"top_p": 0.7}}
+BARS = {
+    "temperature 1": {},
+    "temperature 0.5": {"temperature": 0.5},
+    "top-k 3": {"top_k": 3},
+    "top-p 0.7": {"top_p": 0.7},
+}
 FAMILIES = {  # each ends in plain sampling, where all three meet
     "temperature": [0.4, 0.6, 0.8, 1.0, 1.3],
     "top_k": [2, 4, 8, 256],
@@ -109,7 +114,8 @@ if __name__ == "__main__":
     bars, plain = {name: shares(logits, cfg.draws, **knobs).cpu() for name, knobs in BARS.items()}, logits.softmax(-1)
     n, likeliest = {name: (found > 0).sum().item() for name, found in bars.items()}, plain.argmax().item()
     said = f"After {cfg.prompt!r}: top-k 3 leaves {n['top-k 3']} bytes, top-p 0.7 leaves {n['top-p 0.7']},\n"
-    said += f"temperature 0.5 takes the likeliest from {plain[likeliest]:.0%} to {bars['temperature 0.5'][likeliest]:.0%}"
+    said += f"temperature 0.5 moves the likeliest from {plain[likeliest]:.0%} "
+    said += f"to {bars['temperature 0.5'][likeliest]:.0%}"
     draw_bars(bars, plain.cpu(), said, Path(cfg.out) / "demo_sampling_bars.png")
 
     # quality against variety

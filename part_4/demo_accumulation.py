@@ -30,7 +30,7 @@ class Config:
     n_layer: int = 3  # blocks
     n_embd: int = 128  # channels where gradients and memory are measured
     widths: str = "64,128,256,512,1024"  # channels where fp32 meets bf16
-    repeats: int = 5  # how often a step is timed
+    repeats: int = 3  # how often a step is timed
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script

@@ -6,8 +6,8 @@ Part 4 - kill -9 in the middle of a run: what is lost, what --resume=1 brings ba
 
 Three real runs of train.py: one in peace, one killed, and the killed one resumed. A batch depends on seed and step
 alone, so weights, the optimizers' states and the number of the step are all that a resume needs, and on a CPU the two
-curves must agree to the last bit. The second figure shows the event files as TensorBoard does: train.py writes a line
-of log.jsonl at every step, TensorBoard's writer only now and then, so a kill costs it what stood in its buffer.
+curves must agree to the last bit. The second figure reads the event files as TensorBoard does, the killed run's and the
+resumed one's in one folder: the resumed one tells it to forget what came after the resume point (purge_step).
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -59,7 +59,7 @@ def run_and_kill(cfg, out):
 def largest_difference(a, b):
     """Of two logs, over every number in them."""
     need([set(r) for r in a] == [set(r) for r in b], "the two logs have different steps or keys")
-    return max(abs(x[k] - y[k]) for x, y in zip(a, b) for k in x)
+    return max(float(abs(x[k] - y[k])) for x, y in zip(a, b) for k in x)
 
 def size(value):
     """Bytes of what a checkpoint holds: 8 for a number, nested or not."""
@@ -125,8 +125,8 @@ if __name__ == "__main__":
 
     # TensorBoard
     points = board(folders[1])
-    lost, lost_log = cfg.steps - len(points["loss"][0]), cfg.steps - len(resumed)
-    said = f"Steps lost by the kill: TensorBoard {lost} of {cfg.steps}, log.jsonl {lost_log}"
+    steps, again = points["loss"][0], len(killed) - point
+    said = f"{again} steps ran twice: TensorBoard shows {len(steps)} points for {len({*steps})} of {cfg.steps} steps"
     print(said)
     fig, axes = figure(said, "step", rows=2, columns=2, height=6)
     for ax, key in zip(axes.flat, ("loss", "lr", "grad_norm", "val_loss")):
@@ -135,5 +135,5 @@ if __name__ == "__main__":
     axes[0, 0].legend(fontsize=9)
     save_figure(fig, Path(cfg.out) / "demo_resume_tensorboard.png")
     save_metrics(cfg, name="demo_resume", difference=gap, difference_weights=gap_weights, killed_at=killed[-1]["step"],
-                 resumed_from=point, lost_by_tensorboard=lost, lost_by_log=lost_log, seed=cfg.seed,
+                 resumed_from=point, run_twice=again, in_tensorboard=len({*steps}), in_log=len(resumed), seed=cfg.seed,
                  bytes={f"{file}: {what}": n for file, held in parts.items() for what, n in held.items()})

@@ -116,7 +116,7 @@ if __name__ == "__main__":
         tables[unit] = {k: [float(np.interp(budget, steps * cost[k], c)) for c in losses[k]] for k in ARMS}
         for name, found in tables[unit].items():
             print(f"{budget:8.1f} {unit:8} {name:20} {fmean(found):.4f}, from {min(found):.4f} to {max(found):.4f}")
-    said = "Lowest loss per " + ", per ".join(f"{unit[:-1]}: {winner(table)}" for unit, table in tables.items())
+    said = "Lowest loss " + "\n".join(f"per {unit[:-1]}: {winner(table)}" for unit, table in tables.items())
     print(said)
     fig, axes = figure(said, columns=3)
     for ax, (unit, cost) in zip(axes, costs.items()):

@@ -82,10 +82,8 @@ def train(name, saved, reference, rm, tok, prompts, cfg, seed, device):
 
 def interval(shares, prompts):
     """Gold of every seed -> (low, high): their range, or of one seed two standard errors over its prompts."""
-    if len(shares) > 1:
-        return min(shares), max(shares)
-    error = 2 * (shares[0] * (1 - shares[0]) / prompts) ** 0.5
-    return shares[0] - error, shares[0] + error
+    error = 2 * (shares[0] * (1 - shares[0]) / prompts) ** 0.5 if len(shares) == 1 else 0
+    return min(shares) - error, max(shares) + error
 
 def finding(found, prompts):
     """-> the title: which details move gold by more than the noise, and which runs the ratio check stops."""
@@ -104,13 +102,14 @@ def draw(found, sft, said, prompts, path):
         for y, (name, of) in enumerate(found.items()):
             low, high = interval(of[key], prompts) if key == "gold" else (min(of[key]), max(of[key]))
             ax.barh(y, fmean(of[key]), color="C3" if name.startswith("bug") else "C0" if y else "C7")
-            ax.plot([low, high], [y, y], "k", linewidth=1.5)
+            ax.plot([low, high], [y, y], "k", linewidth=1.5, label="" if y or ax is not axes[0] else
+                    "range over seeds" if len(of[key]) > 1 else "two standard errors over prompts")
         ax.set(xlabel=labels[key], yticks=range(len(found)), yticklabels=[] if key != "gold" else found)
         ax.invert_yaxis()
     axes[0].axvline(sft, color="black", linestyle="--", label="SFT")
     axes[2].axvline(1e-4, color="black", linestyle=":", label="limit")
     axes[2].set_xscale("log")
-    fig.legend(fontsize=8, loc="outside lower center", ncols=2)
+    fig.legend(fontsize=8, loc="outside lower center", ncols=3)
     save_figure(fig, path)
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 Part 8 - over-optimisation: the harder one picks by a reward model's score, the less the score means.
 
     python part_8/demo_overoptimization.py
-    python part_8/demo_overoptimization.py --pairs=64,256,1024,12000,0 --prompts=64     smoother, ten times as long
+    python part_8/demo_overoptimization.py --pairs=64,256,1024,12000,0 --prompts=64     smoother, some minutes
 
 Gao, Schulman & Hilton 2022 in small. Gold is what stood behind the labels: the share of a story's checks that hold. The
 best of n answers by a reward model is log n - (n - 1) / n nats from the policy, without any training. With d = sqrt(KL)
@@ -63,7 +63,7 @@ def train_rm(saved, tok, records, cfg, device):
         pairs = [records[i] for i in order[16 * step:16 * step + 16]]
         asked = [train_ppo.encode({"instruction": r["prompt"], "input": ""}, tok) for r in pairs] * 2
         said = [tok.encode(r[side]) + [tok.special["<|end|>"]] for side in ("chosen", "rejected") for r in pairs]
-        rows = [torch.tensor(a + b) for a, b in zip(asked, said)]
+        rows = [torch.tensor(a + b)[:model.cfg.block_size] for a, b in zip(asked, said)]  # the stories' pairs all fit
         starts, lengths = (torch.tensor([len(row) for row in z], device=device) for z in (asked, rows))
         chosen, rejected = model(torch.nn.utils.rnn.pad_sequence(rows, True).to(device), starts, lengths).chunk(2)
         optimizer.zero_grad(set_to_none=True)

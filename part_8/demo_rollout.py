@@ -65,8 +65,9 @@ def draw(one, names, said, path):
     axes[0].bar(x, one["kl"], label="of the token that came")
     axes[0].plot(x, one["exact"], "k.", markersize=4, label="exact: mean over the vocabulary")
     axes[0].set_ylabel("KL, nats")
-    axes[1].bar(x, one["reward"], color="C1", label="-beta KL, and the score at the last token")
+    axes[1].bar(x, one["reward"], color="C1", label="-beta KL, and the score at the last token; log beyond 0.01")
     axes[1].set_ylabel("reward")
+    axes[1].set_yscale("symlog", linthresh=0.01)  # one token's KL costs a hundredth of the score
     axes[2].plot(x, one["return"], "C7", drawstyle="steps-mid", label="return: reward from here to the end")
     axes[2].plot(x, one["value"], "C2.-", label="value: what the critic expects before the token")
     axes[2].set_ylabel("return")
@@ -103,12 +104,13 @@ if __name__ == "__main__":
 
     # all answers: where the KL is, and when the critic knows
     half = [carriers(kl[m]) / len(kl[m]) for kl, m in zip(per_token, mask) if kl.sum() > 0.01]
-    half = sum(half) / len(half) if half else float("nan")  # a policy that has not moved has no KL to share out
+    half = sum(half) / len(half) if half else None  # a policy that has not moved has no KL to share out
     first, last = mask.int().argmax(dim=1, keepdim=True), mask.cumsum(dim=1).argmax(dim=1, keepdim=True)
     togo = rewards.flip(1).cumsum(dim=1).flip(1)  # whatever lambda is
     sees = [explained(togo.gather(1, at), batch["values"].gather(1, at)) for at in (first, (first + last) // 2, last)]
     mean = [togo[:, 0].mean().item(), per_token.sum(dim=1).mean().item()]
-    print(f"{len(asked)} answers: reward {mean[0]:.3f}, KL {mean[1]:.2f} nats, half of it on {half:.0%} of the tokens")
+    print(f"{len(asked)} answers: reward {mean[0]:.3f}, KL {mean[1]:.2f} nats" +
+          (f", half of it on {half:.0%} of the tokens" if half else ""))
     print("the critic's R2 of what is still to come, at the first, middle and last token:", *(f"{s:.2f}" for s in sees))
 
     # one answer
