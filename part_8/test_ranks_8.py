@@ -28,7 +28,7 @@ def update(policy, batch, cfg):
 """
 
 WORKER = """
-import sys; sys.path[:0] = sys.argv[1:3]
+import os, sys; sys.path[:0] = sys.argv[1:3]
 import torch, torch.distributed as dist
 from model import ActorCritic
 from train_ppo import Config, gae, learn, shape_rewards, whiten
@@ -38,7 +38,9 @@ for name, lr, knobs in stored["runs"]:
     half = {k: v.chunk(2)[rank] for k, v in stored["batch"].items()}
     exec(stored["update"])
     torch.save(update(ActorCritic.load(stored), half, Config(**knobs)), f"{sys.argv[3]}.{name}.{rank}")
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # no destructors: a process that is done first may abort in them
 """
 
 KNOBS = {"minibatches": 1, "epochs": 1, "grad_clip": 1e9, "max_kl": 1e9}

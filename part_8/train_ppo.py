@@ -301,8 +301,8 @@ if __name__ == "__main__":
         log(step, **values)
         if cfg.kl_target:
             beta = next_kl_coef(beta, values["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
-    if rank > 0:
-        sys.exit(0)
+    world == 1 or dist.destroy_process_group()
+    rank == 0 or sys.exit(0)
 
     # what came of it: the table, five prompts side by side, the figure
     seconds, records = log.seconds, read_jsonl(Path(cfg.out) / "log.jsonl", ["step"])

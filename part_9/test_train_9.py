@@ -119,7 +119,7 @@ def test_a_constant_reward_gives_groups_that_teach_nothing(folder, run, tmp_path
 # two processes -------------------------------------------------------------------------------------------------------
 
 WORKER = """
-import sys; sys.path[:0] = sys.argv[1:3]
+import os, sys; sys.path[:0] = sys.argv[1:3]
 import torch, torch.distributed as dist
 from model import GPT
 from train_grpo import Config, learn
@@ -130,7 +130,9 @@ for norm in ("tokens", "sequence", "constant"):
     stats = learn(policy, torch.optim.SGD(policy.parameters(), lr=0.0), part, part["advantages"],
                   Config(**stored["knobs"], loss_norm=norm), torch.Generator())
     torch.save((stats, [p.grad for p in policy.parameters()]), f"{sys.argv[3]}.{norm}.{rank}")
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # no destructors: a process that is done first may abort in them
 """
 
 def stored_rollout():

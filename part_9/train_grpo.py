@@ -53,7 +53,6 @@ class Config:
     clip: float = 0.2  # a ratio may leave 1 by this much
     lr: float = 6e-4  # AdamW's rate at first, eps 1e-5; it falls linearly to 0 over the run
     grad_clip: float = 1.0  # largest norm of the gradient
-    # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
     prompts: int = 512  # held-out stories, and as many held-out skills, that are answered and judged at the end
     seed: int = 0
@@ -301,6 +300,7 @@ if __name__ == "__main__":
             golds, values["val_kl"], _ = evaluate(policy, reference, tok, val, cfg, device)
             values |= {f"val_{task}": share for task, share in golds.items()}
         log(step, **values)
+    world == 1 or dist.destroy_process_group()
     rank == 0 or sys.exit(0)
 
     # what came of it: five prompts side by side, the table, the figure
