@@ -37,6 +37,7 @@ class Config:
     batch_size: int = 512  # rows per step
     n_embd: int = 64  # channels of the small network
     seeds: int = 1  # how many seeds; the README quotes 3
+    threads: int = 1  # CPU threads; matrices as small as these gain nothing from more
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script
@@ -121,7 +122,6 @@ if __name__ == "__main__":
     held = [op for op, pair in types.items() if pair[1] == torch.float32]
     print(f"given bf16, autocast on {device.type} gives fp32 in: {', '.join(held) or 'none of the operations tried'}\n")
 
-    # a training
     runs, log = {way: [] for way in WAYS}, Log(cfg, cfg.seeds * len(WAYS), name="demo_precision")
     for i, (seed, way) in enumerate(product(range(cfg.seed, cfg.seed + cfg.seeds), WAYS)):
         runs[way].append(train(way, cfg, seed, device))

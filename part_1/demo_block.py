@@ -31,6 +31,7 @@ class Config:
     n_embd: int = 64  # C, channels of the stacks
     batch_size: int = 8  # sequences of 32 random tokens, and words for the trained stack
     seeds: int = 3  # random networks behind each point; mean, lowest and highest are drawn
+    threads: int = 1  # CPU threads; matrices as small as these gain nothing from more
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script
@@ -126,10 +127,9 @@ if __name__ == "__main__":
     saved = load_checkpoint(cfg.init or require("part_1/out/gpt.pt"), "gpt")
     model = GPT(GPTConfig(**saved["gpt_config"]), saved["positions"]).to(device)
     model.load_state_dict(saved["weights"])
-    T = model.wpe.size(0)
-    pos = torch.arange(T, device=device)
+    pos = torch.arange(len(model.wpe), device=device)
     with torch.no_grad():
-        x = model.wte(get_batch(-1, cfg, T)[0].to(device)) + model.wpe
+        x = model.wte(get_batch(-1, cfg, len(pos))[0].to(device)) + model.wpe
         trained = forward(model.h, x, causal_mask(pos, pos), "pre-norm")[1]
     print("train.py's stack: tokens of length " + ", ".join(f"{n:.2f}" for n in trained) + " from layer to layer")
     said = (f"Last gradient by depth: slope {slopes['pre-norm']:+.2f} in pre-norm (theory -0.50), "

@@ -23,6 +23,7 @@ from train import GPT, get_batch
 class Config:
     init: str = ""  # a checkpoint of train.py; "": part_1/out/gpt.pt
     batch_size: int = 1000  # words, none of them trained on
+    threads: int = 1  # CPU threads; matrices as small as these gain nothing from more
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script

@@ -28,6 +28,7 @@ class Config:
     batch_size: int = 256  # new random inputs per step
     lr: float = 1e-2  # Adam's, falling to 0
     seeds: int = 1  # how many seeds; the README quotes 3
+    threads: int = 1  # CPU threads; matrices as small as these gain nothing from more
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script

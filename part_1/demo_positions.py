@@ -29,6 +29,7 @@ class Config:
     lr: float = 3e-3  # AdamW's
     block_size: int = 16  # positions; half of them are the word
     seeds: int = 1  # how many seeds; the README quotes 3
+    threads: int = 1  # CPU threads; matrices as small as these gain nothing from more
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is
     out: str = ""  # "": out/ beside this script

@@ -99,8 +99,7 @@ if __name__ == "__main__":
     small = [train_small(replace(cfg, seed=cfg.seed + i), ids, log, cfg.steps * i, device) for i in range(cfg.seeds)]
     torch.set_grad_enabled(False)
     fig, axes = figure("", "position (training lengths)", "nats per byte", rows=2, height=7)
-    picture, panels = figure("", "head, of all layers", f"weight on the first {cfg.sink} tokens", columns=2)
-    found = []
+    (picture, panels), found = figure("", "head, of all layers", f"weight on first {cfg.sink} tokens", columns=2), []
     for i, models in enumerate(([base], small)):
         T = models[0].cfg.block_size
         N, at = cfg.windows * T, torch.arange(1, 8 * cfg.windows + 1) * T // 8 - 1  # eight positions a window
@@ -123,17 +122,18 @@ if __name__ == "__main__":
               f"from no cache; heads give the first tokens {found[i][2].min():.1%} to {found[i][2].max():.1%}")
         for way, row, line in zip(WAYS, table, losses.unflatten(2, (cfg.windows, -1)).mean(dim=(1, 3))):
             said = "{}: {:+.3f}, {:.1f} ms, {:.0f} KiB".format(way, row[1], *row[3:])
-            axes[i].plot(torch.arange(cfg.windows) + 0.5, line, label=said)
-        axes[i].legend(title="nats per byte beyond recomputation, time per token, cache", fontsize=8)
+            axes[i].semilogy(torch.arange(cfg.windows) + 0.5, line, label=said)
+        axes[i].legend(fontsize=8)
         panels[i].bar(range(1, 1 + len(found[i][2])), found[i][2])
         panels[i].axhline((cfg.sink / torch.arange(T // 2 + 1, T + 1)).mean(), color="black", linestyle="--")
-        axes[i].set_title(NAMES[i]), panels[i].set_title(NAMES[i])
-    lost = [f"{t[1][1]:+.3f} nats per byte" if abs(t[1][1]) > t[1][2] else "nothing" for t, _, _ in found]
-    fig.suptitle(f"A window without sinks costs Part 3's GPT {lost[0]} against recomputation,\n"
-                 f"a small one whose rows all began alike {lost[1]}")
+        axes[i].set_title(f"{NAMES[i]}: nats per byte beyond recomputation, ms per token, cache", fontsize=10)
+        panels[i].set_title(NAMES[i])
+    lost = [f"{row[1]:+.3f}" if abs(row[1]) > row[2] else "nothing" for table, *_ in found for row in table[:2]]
+    fig.suptitle("Against recomputation dense reading costs {}, a window without sinks {}\n"
+                 "(nats per byte in Part 3's GPT); in the small one {} and {}".format(*lost))
     save_figure(fig, Path(cfg.out) / "demo_streaming_loss.png")
-    picture.suptitle(f"A head gives the first {cfg.sink} tokens at most {found[0][2].max():.0%} of its weight in Part "
-                     f"3's GPT,\n{found[1][2].max():.0%} in the small one (dashed: an even share)")
+    picture.suptitle(f"The first {cfg.sink} tokens get at most {found[0][2].max():.1%} of a head's weight in Part 3's "
+                     f"GPT,\n{found[1][2].max():.1%} in the small one (dashed: an even share)")
     save_figure(picture, Path(cfg.out) / "demo_streaming_attention.png")
     save_metrics(cfg, name="demo_streaming", ways=WAYS, columns=["loss", "gap", "two_errors", "ms", "kib"],
                  seed=cfg.seed, **{f"{key}_{which}": value for which, values in zip(("part_3", "small"), found)

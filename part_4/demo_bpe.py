@@ -30,7 +30,7 @@ class Config:
     data: str = "stories"  # "stories" (the built-in world), "shakespeare" (a download), or the path of a text file
     vocab_size: int = 1024  # largest vocabulary; a small world has fewer words than that
     sentence: str = "Once there was a fox named Mia in Paris. Mia found the red ball."  # what is drawn
-    steps: int = 120  # optimizer steps of the byte model; the others get as many as the same FLOPs allow
+    steps: int = 100  # optimizer steps of the byte model; the others get as many as the same FLOPs allow
     batch_size: int = 16  # rows per step
     row: int = 192  # bytes of text in a row
     n_embd: int = 96  # channels of the models, which have two layers
