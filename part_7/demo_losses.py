@@ -131,7 +131,7 @@ if __name__ == "__main__":
     against = {arm: compare(found[BT]["accuracy"], m["accuracy"], n) for arm, m in found.items()}
     said = (f"Probabilities off by {off[0]:.2f} (Bradley-Terry), {off[1]:.2f} (margin), {off[2]:.2f} (centred)\n"
             f"Centring: mean |reward| {size[0]:.1f} to {size[2]:.1f}; accuracy: {against['centred']}\n"
-            f"{sizes['10 %']} pairs: {against['10 %']}; last token: {against['last token']}; "
+            f"{sizes['10 %']} pairs, not {sizes[BT]}: {against['10 %']}; last token: {against['last token']}; "
             f"encoder: {against['encoder']}")
     print(said)
     draw(found, curves, sizes, n, said, Path(cfg.out) / "demo_losses.png")
