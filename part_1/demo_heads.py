@@ -127,7 +127,7 @@ if __name__ == "__main__":
             color=[f"C{bool(without) + (len(without) > 1)}" for without in cases.values()])
     ax.axvline(1 / 26, color="black", linestyle="--", label="any letter, by chance")
     ax.invert_yaxis()
-    ax.legend(loc="lower left")
+    fig.legend(loc="outside lower right")
     save_figure(fig, Path(cfg.out) / "demo_heads_ablation.png")
     save_metrics(cfg, name="demo_heads", right={name: share for name, (share, _) in found.items()}, seed=cfg.seed,
                  two_errors={name: error for name, (_, error) in found.items()}, words=len(x), spared=spared,

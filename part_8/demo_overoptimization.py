@@ -1,13 +1,13 @@
 """
 Part 8 - over-optimisation: the harder one picks by a reward model's score, the less the score means.
 
-    python part_8/demo_overoptimization.py
+    python part_8/demo_overoptimization.py --seeds=3
     python part_8/demo_overoptimization.py --pairs=64,256,1024,12000,0 --prompts=64     smoother, some minutes
 
-Gao, Schulman & Hilton 2022 in small. Gold is what stood behind the labels: the share of a story's checks that hold. The
-best of n answers by a reward model is log n - (n - 1) / n nats from the policy, without any training. With d = sqrt(KL)
-the paper fits gold's gain by d (a - b d). All n share one set of samples, and the mean is over all its subsets of n, so
-the curve is unbiased (Nakano et al. 2021). Here a reward model trains for seconds, from the SFT policy's trunk.
+Gao, Schulman & Hilton 2022 in small, for best-of-n; demo_kl_penalty.py is about PPO. The best of n answers by a reward
+model is log n - (n - 1) / n nats from the policy, without any training. With d = sqrt(KL) the paper fits gold's gain by
+d (a - b d), highest at d = a / 2b. All n share one set of samples, and the mean is over all its subsets of n, so the
+curve is unbiased (Nakano et al. 2021). Here a reward model trains for seconds, from the SFT policy's trunk.
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +28,7 @@ from tokenizer import Tokenizer
 class Config:
     init: str = "part_6/out/sft.pt"  # the policy that answers, and the trunk of the reward models
     pairs: str = "64,256,1024,0"  # pairs that each reward model sees; 0: Part 7's, of all pairs and the policy's own
-    rm_steps: int = 30  # fewest steps of its training, 16 pairs each; with more pairs it is one pass
+    rm_steps: int = 60  # fewest steps of its training, 16 pairs each; with more pairs it is one pass
     prompts: int = 24  # held-out prompts
     samples: int = 256  # answers to each: the largest n
     seed: int = 0
@@ -78,7 +78,7 @@ def answer(policy, tok, record, n, device):
     lengths = start + logp.isfinite().sum(dim=1)
     ended = ids.gather(1, lengths[:, None] - 1)[:, 0] == end
     batch = {"ids": ids, "starts": torch.full_like(lengths, start), "lengths": lengths, "ended": ended}
-    return {**batch, "gold": torch.tensor([judge(record, *said)[1] for said in train_ppo.texts(batch, tok)])}
+    return {**batch, "gold": torch.tensor([float(judge(record, *said)[2]) for said in train_ppo.texts(batch, tok)])}
 
 @torch.no_grad()
 def score(rm, pool):
@@ -106,7 +106,7 @@ def draw(found, path):
         axes[0].plot(of["d"], of["score"], f"C{i}.-", label=name)
         axes[1].plot(of["d"], of["gold"], f"C{i}o", markersize=4, label=f"{name}, R2 {of['r2']:.2f}")
         axes[1].plot(of["d"], of["fit"], f"C{i}", linewidth=1)
-    for ax, label in zip(axes, ("score, SD of the policy's answers", "gold, share of checks held; lines: d (a - b d)")):
+    for ax, label in zip(axes, ("score, SD of the policy's answers", "gold, share; lines: d (a - b d)")):
         ax.set_ylabel(label)
         ax.legend(fontsize=8)
     save_figure(fig, path)

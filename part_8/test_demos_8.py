@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import demo_details as details
+import demo_kl_penalty as leash
 import demo_overoptimization as over
 import demo_rollout as one
 import train_ppo
@@ -135,6 +136,26 @@ def test_answers_and_their_scores(loaded):
     wanted = ((raw - raw.mean()) / raw.std()).where(ended, torch.tensor(-2.0))
     torch.testing.assert_close(proxy.flatten(), wanted, atol=1e-4, rtol=0)
 
+# demo_kl_penalty ------------------------------------------------------------------------------------------------------
+
+def test_the_fit_of_rl_finds_what_made_the_points():
+    d = torch.tensor([0.0, 0.3, 0.7, 1.1, 1.9, 2.4])
+    gain = d * (0.3 - 0.4 * torch.where(d > 0, d, 1).log())
+    assert leash.fit(d, gain) == (pytest.approx(0.3, abs=1e-4), pytest.approx(0.4, abs=1e-4), pytest.approx(1))
+
+def test_gold_fell_only_if_it_fell_in_every_seed():
+    """Two seeds, ten iterations: gold rises by 0.5 and stays, or falls again in one seed, or in both."""
+    d = torch.linspace(0, 2, 10).repeat(2, 1)
+    rise = (d / 2).clamp(max=0.5) + 0.2
+    fall = rise - (d - 1).clamp(min=0) * 0.4
+    curves = {beta: torch.stack([d, 3 * d, gold], dim=1) for beta, gold in
+              ((0, fall), (0.1, torch.stack([fall[0], rise[1]])), (0.2, rise))}
+    found = {beta: leash.summary(each) for beta, each in curves.items()}
+    assert found[0]["kl"] == pytest.approx([4, 4]) and found[0]["score"] == pytest.approx([6, 6])
+    assert found[0]["start"] == pytest.approx(0.2) and found[0.2]["best"] == found[0.2]["end"]
+    lines = leash.finding(found, 256).splitlines()
+    assert [", then" in line for line in lines] == [True, False, False] and "gold 0.20 to 0.7" in lines[2]
+
 # demo_rollout ---------------------------------------------------------------------------------------------------------
 
 def test_exact_kl(loaded, folder):
@@ -177,6 +198,8 @@ TINY = {
     "demo_rollout": ["--init={0}/ppo.pt", "--sft={0}/sft.pt", "--rm={0}/rm.pt", "--prompts=4", "--show=2"],
     "demo_details": ["--init={0}/sft.pt", "--rm={0}/rm.pt", "--steps=1", "--batch_size=4", "--prompts=4", "--seeds=2"],
     "demo_overoptimization": ["--init={0}/sft.pt", "--pairs=8,40", "--rm_steps=1", "--prompts=2", "--samples=8"],
+    "demo_kl_penalty": ["--init={0}/sft.pt", "--pairs=9", "--rm_steps=1", "--betas=0,0.5", "--steps=2",
+                        "--batch_size=4"],
 }
 
 @pytest.mark.parametrize("name", TINY)
@@ -191,6 +214,8 @@ def test_smoke(folder, tmp_path, name):
     elif name == "demo_details":
         assert all(len(found[f"{variant}: gold"]) == 2 for variant in details.VARIANTS)
         assert min(found["bug: sampled at 0.7: ratio"]) > 1e-2 and max(found["one epoch: ratio"]) < 1e-4
+    elif name == "demo_kl_penalty":
+        assert found["beta 0: start"] == found["beta 0.5: start"] and len(found["beta 0.5: kl"]) == 1
     else:
         score = found["40 pairs: score"]
         assert found["n"] == [1, 2, 4, 8] and sorted(score) == score and len(found["8 pairs: gold"]) == 4

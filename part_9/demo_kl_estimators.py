@@ -5,8 +5,7 @@ Part 9 - the KL estimators under a microscope: what k1, k2 and k3 are worth as n
 
 As a number k1 is right on average, k2 is not (Schulman 2020). As a loss it is the other way round: k1's gradient is on
 average that of a sum of probabilities, 0, and holds nothing; k2's is KL's own; k3's (Shao et al. 2024, eq. 4) is that
-of KL(pi_sft || pi). After a rollout's first update k1 is worse than nothing, its gradient is that of -KL(pi_old || pi):
-a push away from the rollout. Runs shorter than train_grpo.py's, on stories alone.
+of KL(pi_sft || pi). After a rollout's first update k1's is that of -KL(pi_old || pi): a push away from the rollout.
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,8 +25,8 @@ KINDS = list(COLOUR)[1:]
 @dataclass
 class Config:
     init: str = ""  # the SFT model's checkpoint; "": part_6/out/sft.pt
-    kl_coef: float = 0.2  # beta, the same for all
-    steps: int = 15  # GRPO iterations of each run
+    kl_coef: float = 0.3  # beta, the same for all
+    steps: int = 20  # GRPO iterations of each run
     batch_size: int = 64  # answers per iteration
     epochs: int = 4  # updates per rollout in the second comparison; the first has 1
     answers: int = 256  # answers under the microscope, a multiple of 32
@@ -104,7 +103,8 @@ def draw(values, n, cosine, kls, said, path):
         ax = leashes[int(many > 1)]
         ax.bar(kind, sum(y) / len(y), color=COLOUR[kind])
         ax.plot([kind] * len(y), y, "k.")  # a dot per seed
-        ax.set(title=f"as a leash, updates per rollout: {many}", ylabel="KL, nats per answer", xlabel="penalty")
+        ax.set(title=f"as a leash, updates per rollout: {many}", xlabel="penalty", ylabel="KL, nats per answer",
+               yscale="log" if many > 1 else "linear")  # k1 may be a hundred times the others
     save_figure(fig, path)
 
 if __name__ == "__main__":
@@ -112,13 +112,13 @@ if __name__ == "__main__":
     device, _ = setup(cfg)
     sft = load_checkpoint(cfg.init or require("part_6/out/sft.pt"), "sft")
     tok, reference = Tokenizer.load(sft["tokenizer"]), GPT.load(sft).to(device)
-    splits = g.load_data(g.Config(), tok, reference.cfg.block_size)
-    train, val = ([r for r in records if r["task"] == "story"] for records in splits)
+    train, val = ([r for r in records if r["task"] == "story"]
+                  for records in g.load_data(g.Config(), tok, reference.cfg.block_size))
     plan = [(kind, 1) for kind in COLOUR] + [(kind, cfg.epochs) for kind in ("none", "k1", "exact")]
     kls, log = {key: [] for key in plan}, Log(cfg, len(plan) * cfg.seeds * cfg.steps, name="demo_kl_estimators")
     for i, (seed, (kind, many)) in enumerate((s, p) for s in range(cfg.seed, cfg.seed + cfg.seeds) for p in plan):
         run = g.Config(steps=cfg.steps, batch_size=cfg.batch_size, minibatches=1, epochs=many, seed=seed,
-                       kl=kind.replace("none", "exact"), kl_coef=cfg.kl_coef * (kind != "none"))
+                       loss_norm="tokens", kl=kind.replace("none", "exact"), kl_coef=cfg.kl_coef * (kind != "none"))
         policy = grpo(sft, reference, tok, train, run, device, log, i * cfg.steps)
         gold, kl, _ = g.evaluate(policy, reference, tok, val[:cfg.prompts], run, device)
         kls[kind, many].append(kl)
@@ -133,8 +133,8 @@ if __name__ == "__main__":
     of_none = {f"{k}_{u}": sum(y) / sum(kls["none", u]) for (k, u), y in kls.items()}
     meet = max(min(kls[k, 1]) for k in ("none", "k1")) <= min(max(kls[k, 1]) for k in ("none", "k1"))
     shares = ", ".join(f"{k} {of_none[f'{k}_1']:.2f}" + " (no difference)" * (k == "k1" and meet) for k in KINDS)
-    said = f"KL over that of no penalty: {shares}\n{cfg.epochs} updates a rollout: k1 {of_none[f'k1_{cfg.epochs}']:.2f}"
-    print(said)
+    many = of_none[f"k1_{cfg.epochs}"]
+    print(said := f"KL over that of no penalty: {shares};\nwith {cfg.epochs} updates per rollout: k1 {many:.3g}")
     save_metrics(cfg, name="demo_kl_estimators", **{f"kl_{k}_{u}": y for (k, u), y in kls.items()}, of_none=of_none,
                  token_mean_sd=values, answers=n, cosine=cosine, norm=norm, seconds=log.seconds, seeds=cfg.seeds)
     draw(values, n, cosine, kls, said, Path(cfg.out) / "demo_kl_estimators.png")

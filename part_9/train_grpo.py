@@ -47,7 +47,7 @@ class Config:
     kl: str = "exact"  # per token: exact (over the whole vocabulary), or the estimators k1, k2, k3
     kl_coef: float = 0.02  # beta, the weight of the KL in the loss
     scale_std: bool = False  # divide by the group's standard deviation too: prompts of hardly any spread count most
-    loss_norm: str = "tokens"  # mean over tokens, sequence (of each answer, then of answers), or constant (length free)
+    loss_norm: str = "sequence"  # mean of each answer, then of answers; tokens: over all; or constant (length free)
     epochs: int = 1  # passes over each rollout
     minibatches: int = 2  # updates per pass
     clip: float = 0.2  # a ratio may leave 1 by this much
