@@ -194,7 +194,7 @@ def test_smoke(tmp_path):
     save_checkpoint(tmp_path / "rm.pt", kind="rm", head={}, **RewardModel(cfg).to_checkpoint(), tokenizer=tok.state())
     (tmp_path / "made/a.json").write_text('{"seconds": 0.5}')
     (tmp_path / "made/a.jsonl").write_text('{"step": 0, "length": 2.5}\n' * 3)
-    jobs = ["demo_kl_estimators --steps=1 --batch_size=8 --answers=32 --prompts=4 --epochs=2",
+    jobs = ["demo_kl_estimators --steps=1 --batch_size=8 --prompts=32",
             "demo_group_size --steps=1 --batch_size=32 --samples=16 --prompts=4",
             f"demo_methods --rm={tmp_path}/rm.pt --steps=1 --batch_size=8 --prompts=4"]
     command = [sys.executable, "-c", DRIVER, FOLDER, tmp_path, *jobs]
