@@ -19,7 +19,7 @@ from model import GPT
 from shared import Log, cli, figure, load_checkpoint, require, save_figure, save_metrics, setup
 from tokenizer import Tokenizer
 
-COLOUR = {"none": "C7", "k1": "C3", "k2": "C0", "k3": "C1", "exact": "C2"}
+COLOUR = {"none": "0.7", "k1": "C3", "k2": "C0", "k3": "C1", "exact": "C2"}
 KINDS = list(COLOUR)[1:]
 
 @dataclass
@@ -97,8 +97,8 @@ def draw(values, n, cosine, kls, said, path):
         number.bar(f"{kind}\nsd {sd:.0f} KL", mean, color=COLOUR[kind])
         loss.plot(n, [row[i] for row in cosine], "o-", color=COLOUR[kind], label=kind)
     number.set(title="as a number: one token's mean", ylabel="estimate over exact KL", xlabel="estimator, its spread")
-    loss.set(title="as a loss: the gradient's direction", ylabel="cosine with exact", xlabel="answers", xticks=n)
-    loss.legend()
+    loss.set(title="as a loss: its direction", ylabel="cosine with exact", xlabel="answers", xticks=n, ylim=(-1, 1))
+    loss.legend(loc="lower right", fontsize=8)
     for (kind, many), y in kls.items():
         ax = leashes[int(many > 1)]
         ax.bar(kind, sum(y) / len(y), color=COLOUR[kind])
