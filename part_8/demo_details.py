@@ -101,7 +101,7 @@ def draw(found, sft, said, prompts, path):
     for ax, key in zip(axes, labels):
         for y, (name, of) in enumerate(found.items()):
             low, high = interval(of[key], prompts) if key == "gold" else (min(of[key]), max(of[key]))
-            ax.barh(y, fmean(of[key]), color="C3" if name.startswith("bug") else "C0" if y else "C7")
+            ax.barh(y, fmean(of[key]), color="C3" if name.startswith("bug") else "C0" if y else "0.6")
             ax.plot([low, high], [y, y], "k", linewidth=1.5, label="" if y or ax is not axes[0] else
                     "range over seeds" if len(of[key]) > 1 else "two standard errors over prompts")
         ax.set(xlabel=labels[key], yticks=range(len(found)), yticklabels=[] if key != "gold" else found)
