@@ -7,7 +7,7 @@ Part 6 - the order of the demonstrations: easy first, random or hardest first, o
 Bengio et al. 2009 proposed easy examples first. Wu, Dyer and Neyshabur 2021 ("When Do Curricula Work?") tried all
 orders: random is as good, unless the budget is small or the labels are noisy. Here: stories, whose level is the number
 of things that the brief asks for. Clean demonstrations pass shared.judge; noisy ones are as many, drawn from all.
-Reduced: 96 steps of 16 at full budget instead of 300 of 32. Every order sees each demonstration at most once; a sorted
+Reduced: 192 steps of 8 at full budget instead of 300 of 32. Every order sees each demonstration at most once; a sorted
 one is walked through from end to end in any budget, its own learning rate schedule included.
 """
 import sys; from pathlib import Path
@@ -30,9 +30,9 @@ class Config:
     init: str = "part_4/out/base.pt"  # the base model's checkpoint
     data: str = "stories"  # or the path of a JSONL file with instruction, input, output, task, level and check
     block_size: int = 128  # longest prompt and answer, in tokens
-    steps: int = 96  # optimizer steps of the full budget
+    steps: int = 192  # optimizer steps of the full budget
     small: float = 0.25  # the small budget, as a share of it
-    batch_size: int = 16  # demonstrations per step
+    batch_size: int = 8  # demonstrations per step
     prompts: int = 384  # held-out stories that are sampled and judged per training
     seeds: int = 1  # how many seeds; the README quotes 3
     seed: int = 0  # the first of them

@@ -7,7 +7,7 @@ Part 7 - Bradley-Terry, margin ranking and centring; more pairs; the score at th
 Bradley-Terry (InstructGPT, eq. 1) fits probabilities: sigmoid(r_a - r_b) can be held against this world's true ones,
 sigmoid(gap / tau). The hinge only ranks; what its differences of reward claim as probabilities is nowhere in its loss.
 Both are blind to a constant added to all rewards; Eisenstein et al. 2023 (eq. 2) pull them towards 0.
-Reduced: 1280 of the world's pairs, each seen once, instead of 9600 visits; fewer pairs are fewer steps too.
+Reduced: 2560 of the world's pairs, each seen once, instead of 12,000 visits; fewer pairs are fewer steps too.
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,7 +34,7 @@ BT, *_ = LOSSES = list(ARMS)[:3]
 class Config:
     init: str = "part_6/out/sft.pt"  # the SFT model's checkpoint
     data: str = "stories"  # or the path of a JSONL file with prompt, chosen, rejected and gap
-    pairs: int = 1280  # pairs of a training; 128 are one round of get_batch's sorting
+    pairs: int = 2560  # pairs of a training; 128 are one round of get_batch's sorting
     batch_size: int = 16  # pairs per step
     held_out: int = 500  # pairs to evaluate on
     seeds: int = 1  # how many seeds; the README quotes 3

@@ -7,7 +7,7 @@ Part 7 - is the reward model sane? Length alone, shuffled labels, and its score 
 A reward model may learn a shortcut: answers that people prefer tend to be longer (Singhal et al. 2023). So length alone
 is asked first. Labels turned round at random must teach nothing: the control for a leak of the answer into the input.
 The reward is the mean of the answer's token scores, so it can be drawn where it arises; the model is causal, so a token
-is judged by what stands before it and by itself. The two trainings are short: 48 steps of 16 instead of 400 of 24.
+is judged by what stands before it and by itself. The two trainings are short: 48 steps of 16 instead of 500 of 24.
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

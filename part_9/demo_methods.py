@@ -38,7 +38,7 @@ PEAK = ("import subprocess, sys; from resource import RUSAGE_CHILDREN, getrusage
 class Config:
     init: str = ""  # the SFT model's checkpoint; "": part_6/out/sft.pt
     rm: str = ""  # the reward model's checkpoint; "": part_7/out/rm.pt
-    steps: int = 20  # iterations of PPO and of GRPO
+    steps: int = 16  # iterations of PPO and of GRPO
     batch_size: int = 128  # answers per iteration
     prompts: int = 256  # held-out stories that every method answers
     seed: int = 0
