@@ -24,10 +24,10 @@ from train import evaluate, get_batch, load_data
 class Config:
     data: str = "stories"  # "stories", "shakespeare", or the path of a text file
     sizes: str = "2000,16000,128000,0"  # bytes to train on, one run each; 0: all there are
-    steps: int = 400  # optimizer steps per run
-    batch_size: int = 16  # sequences per step
+    steps: int = 800  # optimizer steps per run
+    batch_size: int = 8  # sequences per step
     lr: float = 3e-3  # AdamW's
-    eval_every: int = 40  # steps between measurements
+    eval_every: int = 80  # steps between measurements
     eval_bytes: int = 16000  # of training and of validation text per measurement, at most
     gap: float = 0.1  # nats that validation must stay above training to count as parted
     seeds: int = 1  # how many seeds; the README quotes 3

@@ -25,8 +25,8 @@ from train import evaluate, get_batch, load_data
 class Config:
     data: str = "stories"  # "stories", "shakespeare", or the path of a text file
     steps: int = 400  # optimizer steps of each model
-    batch_size: int = 16  # sequences per step
-    lr: float = 3e-3  # AdamW's
+    batch_size: int = 8  # sequences per step
+    lr: float = 1e-3  # AdamW's
     seeds: int = 1  # how many seeds; the README quotes 3
     seed: int = 0
     device: str = ""  # cuda, mps or cpu; "": the best there is

@@ -97,7 +97,7 @@ def draw_turn(q, k, base, said, path):
         plane.plot(*points.T, "o-", markersize=4, label=f"pair {i}: {base ** (-i / half):.2g} radians a place")
     plane.set(xlabel="channel i", ylabel="channel i + D/2", aspect="equal")
     plane.legend(fontsize=8)
-    picture = heat.imshow(turned(q, many, base) @ turned(k, many, base).T, cmap="RdBu")
+    picture = heat.imshow(turned(q, many, base) @ turned(k, many, base).T, cmap="viridis")
     heat.set(xlabel="position n of the key", ylabel="position m of the query")
     fig.colorbar(picture, ax=heat, shrink=0.7, label="score q . k")
     save_figure(fig, path)
