@@ -1,13 +1,13 @@
 """
-Part 4 - a big batch in small bites: the same gradient, less memory; and what bf16 gains by width.
+Part 4 - a big batch in micro-batches: the same gradient, less memory; and what bf16 gains by width.
 
     python part_4/demo_accumulation.py
     python part_4/demo_accumulation.py --batch_size=128 --widths=256,1024
 
-The mean loss of a batch is the mean of the mean losses of its equal bites, and so is its gradient: in exact arithmetic
-nothing changes. In floating point the sums are done in another order; float64 beside float32 shows that nothing but
-rounding is left. What a forward pass keeps for the backward pass shrinks with the bite. Autocast keeps the weights in
-fp32 and multiplies in bf16, 8 bits of mantissa: whether that is faster depends on the machine and on the width.
+The mean loss of a batch is the mean of the mean losses of its equal micro-batches, and so is its gradient: in exact
+arithmetic nothing changes. In floating point the sums are done in another order; float64 beside float32 shows that
+nothing but rounding is left. What a forward pass keeps for the backward pass shrinks with the micro-batch. Autocast has
+weights in fp32 and multiplies in bf16, 8 bits of mantissa: whether that is faster depends on the machine and the width.
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -63,19 +63,19 @@ def difference(g, whole):
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
     """After `with saved:` saved.most is the most bytes that were kept for a backward pass at a time: distinct storages,
-    parameters aside. Those of a bite are freed before the next one."""
+    parameters aside. Those of a micro-batch are freed before the next one."""
     def __init__(self, model):
         self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.most, self.bite = 0, {}
+        self.most, self.now = 0, {}
         super().__init__(self.keep, self.give)
     def keep(self, z):
         storage = z.untyped_storage()
         if storage.data_ptr() not in self.weights:
-            self.bite[storage.data_ptr()] = storage.nbytes()
-            self.most = max(self.most, sum(self.bite.values()))
+            self.now[storage.data_ptr()] = storage.nbytes()
+            self.most = max(self.most, sum(self.now.values()))
         return z
     def give(self, z):
-        self.bite = {}  # the backward pass has begun
+        self.now = {}  # the backward pass has begun
         return z
 
 def step_ms(model, x, y, repeats, **how):
@@ -98,7 +98,7 @@ if __name__ == "__main__":
     for name, net in (("float32", model), ("float64", make(cfg, cfg.n_embd, device).double())):
         whole = gradient(net, x, y, 1)
         apart[name] = [difference(gradient(net, x, y, accum), whole) for accum in accums[1:]]
-        print(f"{name}: bites instead of one batch change the gradient by {max(apart[name]):.1e} of its length at most")
+        print(f"{name}: micro-batches change the gradient by {max(apart[name]):.1e} of its length at most")
 
     # less memory
     memory, ms = [], []
@@ -108,11 +108,11 @@ if __name__ == "__main__":
             step(model, x, y, accum)
         memory.append(saved.most / 2**20)
         ms.append(step_ms(model, x, y, cfg.repeats, accum=accum))
-        print(f"{accum:3} bites of {cfg.batch_size // accum:3}: {memory[-1]:8.2f} MiB kept, {ms[-1]:7.1f} ms a step")
-    said = (f"A batch of {cfg.batch_size} in bites of one: {memory[0] / memory[-1]:.0f} times less kept, "
+        print(f"{accum:3} micro-batches of {cfg.batch_size // accum:3}: {memory[-1]:8.2f} MiB, {ms[-1]:7.1f} ms a step")
+    said = (f"A batch of {cfg.batch_size} in micro-batches of one: {memory[0] / memory[-1]:.0f} times less kept, "
             f"{ms[-1] / ms[0]:.1f} times the time,\nand the gradient changes by {max(apart['float32']):.0e} "
             f"of its length (in float64 by {max(apart['float64']):.0e})")
-    fig, (left, right) = figure(said, "sequences in a bite", columns=2)
+    fig, (left, right) = figure(said, "sequences in a micro-batch", columns=2)
     rows = [cfg.batch_size // accum for accum in accums]
     left.loglog(rows, memory, "o-", base=2)
     left.set_ylabel("kept for the backward pass, peak (MiB)")
@@ -135,6 +135,6 @@ if __name__ == "__main__":
         ax.loglog(widths, values, "o-", base=2, label=label)
     ax.legend()
     save_figure(fig, Path(cfg.out) / "demo_accumulation_bf16.png")
-    save_metrics(cfg, name="demo_accumulation", bites=accums, gradient_float32=apart["float32"],
+    save_metrics(cfg, name="demo_accumulation", micro_batches=accums, gradient_float32=apart["float32"],
                  gradient_float64=apart["float64"], saved_mib=memory, step_ms=ms, widths=widths, ms_fp32_bf16=times,
                  bf16_gain=gain, seed=cfg.seed)

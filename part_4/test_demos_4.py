@@ -56,7 +56,7 @@ def test_flops_of_a_step():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_bites_have_the_gradient_of_the_mean_loss():
+def test_micro_batches_have_the_gradient_of_the_mean_loss():
     model, x, y = small()
     model.double()
     logits, _ = model(x)
@@ -71,14 +71,14 @@ def test_saved_counts_storages_once_and_no_weights():
     a, w = torch.ones(10), torch.nn.Linear(10, 10, bias=False)
     saved = demo_accumulation.Saved(w)
     with saved:
-        for _ in range(2):  # the second bite does not add to the first
+        for _ in range(2):  # the second micro-batch does not add to the first
             h = w(a)  # keeps a, 40 bytes, and the weight
             z = h * h  # keeps h, 40 bytes, once
             z.exp().sum().backward()  # keeps exp's result, 40 bytes
     assert saved.most == 120
 
 
-def test_saved_shrinks_with_the_bite():
+def test_saved_shrinks_with_the_micro_batch():
     model, x, y = small()
     most = []
     for accum in (1, 2, 4):

@@ -189,7 +189,7 @@ def two_processes(tmp_path_factory):
 
 
 def test_two_processes_have_the_gradient_of_one(two_processes):
-    """With accumulation: 2 processes x 2 bites of 2 rows against one batch of 8."""
+    """With accumulation: 2 processes x 2 micro-batches of 2 rows against one batch of 8."""
     folder, model, ids = two_processes
     x, y = get_batch(ids, torch.arange(80), 5, Config(batch_size=8), 16)
     backward(model, x, y, 1, nullcontext, torch.amp.GradScaler("cpu", enabled=False))

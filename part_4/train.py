@@ -5,7 +5,7 @@ Part 4 - train the GPT at scale: BPE, accumulation, mixed precision, schedule, M
     python part_4/train.py --data=my.txt --steps=500              your own text; its last 10 % are for validation
     python part_4/train.py --data=shakespeare --target_loss=1.88  stop at a loss, print the seconds
     python part_4/train.py --resume=1                             go on after a crash, to the bit on a CPU
-    python part_4/train.py --batch_size=64 --accum=4              a big batch in four bites
+    python part_4/train.py --batch_size=64 --accum=4              a big batch in four micro-batches
     torchrun --nproc_per_node=2 part_4/train.py                   the same batch shared by two processes
     tensorboard --logdir=part_4/out
 
@@ -139,13 +139,13 @@ def make_optimizers(model, cfg):
     return muon, adamw
 
 def backward(model, x, y, accum, autocast, scaler):
-    """The gradient of the batch's mean loss, in accum bites of equal size -> the loss."""
+    """The gradient of the batch's mean loss, in accum equal micro-batches -> the loss."""
     total = 0.0
     for i, (xb, yb) in enumerate(zip(x.chunk(accum), y.chunk(accum))):
         last = i == accum - 1
         with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             with autocast():
-                loss = model(xb, yb)[1] / accum  # means of equal bites: their mean is the batch's
+                loss = model(xb, yb)[1] / accum  # means of equal micro-batches: their mean is the batch's
             scaler.scale(loss).backward()
         total += loss.detach()
     return total

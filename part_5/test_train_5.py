@@ -99,12 +99,12 @@ def test_backward_adds_the_balance_loss_to_the_gradient_alone():
         torch.testing.assert_close(p.grad, grad)
 
 
-def test_load_of_a_batch_in_bites_is_the_load_of_the_batch():
+def test_load_of_a_batch_in_micro_batches_is_the_load_of_the_batch():
     model, (x, y) = make(), batch()
     loss, load = backward(model, x, y, 1, nullcontext, NO_SCALER)
-    loss_in_bites, load_in_bites = backward(model, x, y, 4, nullcontext, NO_SCALER)
-    torch.testing.assert_close(load_in_bites, load)
-    torch.testing.assert_close(loss_in_bites, loss)
+    loss_in_micro_batches, load_in_micro_batches = backward(model, x, y, 4, nullcontext, NO_SCALER)
+    torch.testing.assert_close(load_in_micro_batches, load)
+    torch.testing.assert_close(loss_in_micro_batches, loss)
 
 
 def unfair(balance, steps=60):

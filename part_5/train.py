@@ -150,16 +150,16 @@ def make_optimizers(model, cfg):
     return muon, adamw
 
 def backward(model, x, y, accum, autocast, scaler, balance=0.0):
-    """The gradient of the batch's mean loss, in accum bites of equal size -> the loss, the experts' load (layers, E).
+    """The gradient of the batch's mean loss, in accum equal micro-batches -> the loss, the experts' load (layers, E).
 
-    Only the gradient knows the load-balancing loss, and each bite has its own: even bites make an even batch.
+    Only the gradient knows the load-balancing loss. Each micro-batch has its own: even ones make an even batch.
     """
     total, load = 0.0, 0.0
     for i, (xb, yb) in enumerate(zip(x.chunk(accum), y.chunk(accum))):
         last = i == accum - 1
         with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             with autocast():
-                loss = model(xb, yb)[1] / accum  # means of equal bites: their mean is the batch's
+                loss = model(xb, yb)[1] / accum  # means of equal micro-batches: their mean is the batch's
             scaler.scale(loss + balance * balance_loss(model) / accum).backward()
         total += loss.detach()
         load += expert_load(model).to(loss.device) / accum  # for the log
