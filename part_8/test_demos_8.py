@@ -198,7 +198,7 @@ TINY = {
     "demo_rollout": ["--init={0}/ppo.pt", "--sft={0}/sft.pt", "--rm={0}/rm.pt", "--prompts=4", "--show=2"],
     "demo_details": ["--init={0}/sft.pt", "--rm={0}/rm.pt", "--steps=1", "--batch_size=4", "--prompts=4", "--seeds=2"],
     "demo_overoptimization": ["--init={0}/sft.pt", "--pairs=8,40", "--rm_steps=1", "--prompts=2", "--samples=8"],
-    "demo_kl_penalty": ["--init={0}/sft.pt", "--pairs=9", "--rm_steps=1", "--betas=0,0.5", "--steps=2",
+    "demo_kl_penalty": ["--init={0}/sft.pt", "--pairs=9", "--rm_steps=1", "--betas=0.5", "--steps=2",
                         "--batch_size=4"],
 }
 
@@ -215,7 +215,7 @@ def test_smoke(folder, tmp_path, name):
         assert all(len(found[f"{variant}: gold"]) == 2 for variant in details.VARIANTS)
         assert min(found["bug: sampled at 0.7: ratio"]) > 1e-2 and max(found["one epoch: ratio"]) < 1e-4
     elif name == "demo_kl_penalty":
-        assert found["beta 0: start"] == found["beta 0.5: start"] and len(found["beta 0.5: kl"]) == 1
+        assert 0 <= found["beta 0.5: start"] <= 1 and len(found["beta 0.5: kl"]) == 1
     else:
         score = found["40 pairs: score"]
         assert found["n"] == [1, 2, 4, 8] and sorted(score) == score and len(found["8 pairs: gold"]) == 4
