@@ -94,7 +94,7 @@ def draw(curves, alike, plain, scaled, said, path):
         many.plot(range(1, 17), mean, color=colour, label=name)
     equal.bar(list(alike), [sum(y) / len(y) for y in alike.values()], color=[f"C{i}" for i in range(len(alike))])
     one.set(title="one answer", xlabel="group size", ylabel="pass@1, held out")
-    many.set(title="k answers", xlabel="k", ylabel="pass@k, held out", ylim=(0, 1))
+    many.set(title="k answers", xlabel="k", ylabel="pass@k, held out", ylim=(0, 1), xticks=(1, 4, 8, 16))
     many.legend(fontsize=8)
     equal.set(title="groups that teach nothing", xlabel="group size", ylabel="share, all alike")
     weight.plot(range(9), plain[0], "o-", label="reward - mean")
