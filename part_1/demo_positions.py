@@ -93,8 +93,8 @@ def draw_products(tables, scores, head, said, path):
     fig, ((a, b), (c, d)) = figure(said, rows=2, columns=2, height=8)
     names = list(tables)
     for ax, name in ((a, names[0]), (b, names[-1])):
-        fig.colorbar(ax.imshow(cosines(tables[name]), cmap="RdBu", vmin=-1, vmax=1), ax=ax, label="cosine", shrink=0.6)
-        ax.set_title(name, fontsize=11)
+        fig.colorbar(ax.imshow(cosines(tables[name]), cmap="RdBu", vmin=-1, vmax=1), ax=ax, shrink=0.6)
+        ax.set_title(f"{name}: cosines", fontsize=11)
         ax.set(xlabel="position", ylabel="position")
         ax.grid(False)
     for name, table in tables.items():
