@@ -22,7 +22,7 @@ MAKERS = {  # what require() can build: by which script, in about how many secon
     "part_2/out/gpt.pt": ("part_2/train.py", 80), "part_3/out/gpt.pt": ("part_3/train.py", 90),
     "part_4/out/base.pt": ("part_4/train.py", 90), "part_5/out/gpt.pt": ("part_5/train.py", 150),
     "part_6/out/sft.pt": ("part_6/train_sft.py", 90), "part_7/out/rm.pt": ("part_7/train_rm.py", 160),
-    "part_8/out/ppo.pt": ("part_8/train_ppo.py", 110), "part_9/out/grpo.pt": ("part_9/train_grpo.py", 110),
+    "part_8/out/ppo.pt": ("part_8/train_ppo.py", 110), "part_9/out/grpo.pt": ("part_9/train_grpo.py", 160),
 }
 
 def fail(message, code=2):

@@ -193,19 +193,23 @@ def qa(rng, level):
     slots = draw_slots(rng)
     story = tell(rng, slots)[0]
     question, output = rng.choice([
-        ("Where was {hero}?", "{place}"),
+        ("Where was {hero}?", "in {place}"),
         ("What did {hero} find?", "the {colour} {thing}"),
         ("What animal is {hero}?", "a {animal}"),
     ])
     return question.format(**slots), " ".join(story[:level + 1]), output.format(**slots)
 
+def listing(words):
+    """Each with its article: a noun after a blank is the same token everywhere, one that begins a line is another."""
+    return ", ".join(f"a {word}" for word in words)
+
 def count(rng, level):
     words = rng.sample(NOUNS, rng.randint(level, 2 * level + 1))
     if rng.random() < 0.5:
-        return "How many words are in the list?", ", ".join(words), str(len(words))
+        return "How many words are in the list?", listing(words), str(len(words))
     words = rng.choices(words[:2], k=len(words))
     word = rng.choice(words)
-    return f"How many times is {word} in the list?", ", ".join(words), str(words.count(word))
+    return f"How many times is {word} in the list?", listing(words), str(words.count(word))
 
 def add(rng, level):
     a = rng.randint(*[(0, 9), (10, 19), (10, 29)][level - 1])
@@ -214,11 +218,11 @@ def add(rng, level):
 
 def reverse(rng, level):
     words = rng.sample(NOUNS, level + 1)
-    return "Reverse the list.", ", ".join(words), ", ".join(words[::-1])
+    return "Reverse the list.", listing(words), listing(words[::-1])
 
 def sort(rng, level):
     words = rng.sample(NOUNS, level + 1)
-    return "Sort the list.", ", ".join(words), ", ".join(sorted(words))
+    return "Sort the list.", listing(words), listing(sorted(words))
 
 def spell(rng, level):
     word = rng.choice([w for w in NOUNS + SLOTS["colour"] + SLOTS["hero"] if min(len(w), 5) == level + 2])  # letters
@@ -323,7 +327,7 @@ def write_preferences(cfg, path, n):
 def write_world(cfg, folder):
     """Every file of the world into `folder`, facts.json last; returns the facts."""
     counts = {"train": 14_000, "val": 700, "preferences": 12_000, "preferences_val": 1000}
-    counts |= {"stories": 6000, "skills": 3000, "stories_val": 1000, "skills_val": 400}
+    counts |= {"stories": 6000, "skills": 6000, "stories_val": 1000, "skills_val": 600}
     counts = {name: max(1, round(n * cfg.scale)) for name, n in counts.items()}
     facts = {
         "changed": cfg.changed,  # shared.require refuses a world that was made with other settings

@@ -180,16 +180,16 @@ def test_demonstrations_leave_something_to_learn(folder):
 
 def right_answer(record, parents):
     """The answer to a skill, worked out from its words alone."""
-    task, words = record["task"], record["input"].split(", ")
+    task, words = record["task"], re.findall(r"a (\w+)", record["input"])
     asked = re.findall(r"\w+", record["instruction"])
     if task == "sum":
         return str(int(asked[2]) + int(asked[4]))
     if task == "count":
         return str(len(words) if asked[2] == "words" else words.count(asked[4]))
     if task == "reverse":
-        return ", ".join(reversed(words))
+        return "a " + ", a ".join(reversed(words))
     if task == "sort":
-        return ", ".join(sorted(words))
+        return "a " + ", a ".join(sorted(words))
     if task == "spell":
         return "-".join(asked[-1])
     if task == "is_a":
@@ -198,7 +198,7 @@ def right_answer(record, parents):
             node = parents[node]
             ancestors.append(node)
         return "yes" if asked[-1] in ancestors else "no"
-    regex = {"Where": r" in (\w+)\.", "What": r"(?:found|saw|got) (the \w+ \w+)\."}[asked[0]]
+    regex = {"Where": r" (in \w+)\.", "What": r"(?:found|saw|got) (the \w+ \w+)\."}[asked[0]]
     return re.search(r"(?:^A|, a|was a) (\w+)" if asked[1] == "animal" else regex, record["input"])[1]
 
 

@@ -116,7 +116,7 @@ if __name__ == "__main__":
     at_few = {name: {r: table[name, "Muon"][r] for r in few} for name in SCHEDULES}
     best = {name: tuned(at_few[name])[1] for name in SCHEDULES}
     first = min(SCHEDULES[1:], key=lambda name: fmean(best[name]))
-    said = "Each at its best rate: " + verdict((first, best[first]), ("none", best["none"]))
+    said = "Each schedule at its best rate:\n" + verdict((first, best[first]), ("none", best["none"]))
     print(said)
     fig, (above, below) = figure(said, rows=2, height=7)
     for name in SCHEDULES:

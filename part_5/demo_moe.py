@@ -81,7 +81,7 @@ def draw_load(load, said, path):
         curves = ax.plot([width * (j + 0.5) for j in range(len(lines))], lines[:, i])
         ax.set(ylabel=f"layer {i + 1}", ylim=(0, 1.05 * lines.max()))
     ax.set_xlabel("training step")
-    fig.supylabel("share of the layer's load")
+    fig.supylabel("share of the layer's load", fontsize=11)
     fig.legend(curves, range(E), title="expert", loc="outside lower center", ncols=8)
     save_figure(fig, path)
 

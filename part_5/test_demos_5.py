@@ -126,9 +126,9 @@ def test_a_token_works_alike_in_all_three():
     assert half == dense + router and full == dense + 2 * router
 
 
-def test_winner():
-    assert demo_hybrid.winner({"a": [3.0, 3.1], "b": [1.0, 2.0], "c": [2.5, 2.6]}) == "b"
-    assert demo_hybrid.winner({"a": [3.0, 3.1], "b": [1.0, 2.0], "c": [1.9, 2.6]}) == "no difference"
+def test_verdict():
+    losses = {"dense": [3.0, 3.2], "low": [1.0, 2.0], "high": [3.3, 3.4], "in it": [3.05, 3.15], "across": [2.0, 3.1]}
+    assert demo_hybrid.verdict(losses) == "low -1.600, high +0.250, in it no difference, across no difference"
 
 
 def test_demo_routing(tmp_path):

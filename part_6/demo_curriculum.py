@@ -7,7 +7,7 @@ Part 6 - the order of the demonstrations: easy first, random or hardest first, o
 Bengio et al. 2009 proposed easy examples first. Wu, Dyer and Neyshabur 2021 ("When Do Curricula Work?") tried all
 orders: random is as good, unless the budget is small or the labels are noisy. Here: stories, whose level is the number
 of things that the brief asks for. Clean demonstrations pass shared.judge; noisy ones are as many, drawn from all.
-Reduced: 192 steps of 8 at full budget instead of 300 of 32. Every order sees each demonstration at most once; a sorted
+Reduced: 192 steps of 8 at full budget instead of 400 of 32. Every order sees each demonstration at most once; a sorted
 one is walked through from end to end in any budget, its own learning rate schedule included.
 """
 import sys; from pathlib import Path

@@ -8,7 +8,7 @@ Six short trainings from the base model. With the prompt in the loss, its tokens
 that is most of a short answer's loss and a third of a story's. Masking is the custom, not a law: Shi et al. 2024
 ("Instruction Tuning With Loss Over Instructions") find the opposite for few examples with short answers.
 The end token is one label of many, and the only one that teaches to stop.
-Reduced: 100 steps of 32 instead of 300, and one model per kind of answer.
+Reduced: 100 steps of 32 instead of 400, and one model per kind of answer.
 """
 import sys; from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -35,10 +35,10 @@ class Config:
     block_size: int = 128  # longest prompt and answer, in tokens; RoPE lets it be more than the base model's
     curriculum: str = "random"  # order of the demonstrations: easy_first, random or anti
     # optimization
-    steps: int = 300  # optimizer steps
+    steps: int = 400  # optimizer steps
     batch_size: int = 32  # demonstrations per step
-    lr: float = 0.003  # Muon's peak rate
-    lr_adamw: float = 1e-3  # AdamW's
+    lr: float = 0.01  # Muon's, for the hidden matrices; an update's RMS is 0.2 lr
+    lr_adamw: float = 3e-3  # AdamW's, for embedding, head, router and gains
     weight_decay: float = 0.0  # of both
     warmup: float = 0.05  # share of the steps in which the rate rises
     decay: float = 0.5  # share of the steps, at the end, in which it falls to 0

@@ -215,7 +215,10 @@ def test_smoke(folder, tmp_path, name):
         assert all(len(found[f"{variant}: gold"]) == 2 for variant in details.VARIANTS)
         assert min(found["bug: sampled at 0.7: ratio"]) > 1e-2 and max(found["one epoch: ratio"]) < 1e-4
     elif name == "demo_kl_penalty":
-        assert 0 <= found["beta 0.5: start"] <= 1 and len(found["beta 0.5: kl"]) == 1
+        first, last = read_jsonl(tmp_path / "demo_kl_penalty.ppo.0.5.0" / "log.jsonl", ["gold", "beta"])
+        assert found["beta 0.5: start"] == pytest.approx(first["gold"])  # SFT's own answers
+        assert found["beta 0.5: kl"] == pytest.approx([max(last["kl"], 0)], abs=1e-6) and last["beta"] == 0.5
+        assert found["beta 0.5: score"] == pytest.approx([last["reward"]])
     else:
         score = found["40 pairs: score"]
         assert found["n"] == [1, 2, 4, 8] and sorted(score) == score and len(found["8 pairs: gold"]) == 4

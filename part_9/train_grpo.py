@@ -39,7 +39,7 @@ class Config:
     rm: str = ""  # the reward model's checkpoint, for --reward=model; "": part_7/out/rm.pt
     # rollout and reward
     reward: str = "judge"  # "judge" (all checks hold: 1, else 0), "model", or FILE.py:FUNCTION of (record, answer)
-    steps: int = 60  # iterations: one rollout, one scoring, a few updates
+    steps: int = 120  # iterations: one rollout, one scoring, a few updates
     batch_size: int = 128  # answers per rollout
     group: int = 8  # answers per prompt
     max_new_tokens: int = 72  # longest answer, in tokens
