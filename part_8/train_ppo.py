@@ -56,7 +56,7 @@ class Config:
     vf_clip: float = 0.2  # and a value its old one
     vf_coef: float = 0.5  # weight of the value loss
     max_kl: float = 0.02  # nats per token between rollout's policy and updated one at which a rollout's updates stop
-    lr: float = 4e-4  # AdamW's rate at first, eps 1e-5; it falls linearly to 0 over the run
+    lr: float = 6e-4  # AdamW's rate at first, eps 1e-5; it falls linearly to 0 over the run
     lr_value: float = 3e-3  # and the value head's: the return that it follows moves fast
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
