@@ -198,7 +198,8 @@ def test_rows_start_where_a_story_does(tmp_path, monkeypatch, vocab_size):
     tok, ids, starts, val_ids, edges, n_bytes, entropy = load_data(Config(), gpt_cfg)
     assert tok.decode(ids.tolist()) == "\n\n".join(stories) and n_bytes == len("\n\n".join(stories)) and entropy == 0.5
     assert gpt_cfg.vocab_size == tok.vocab_size == vocab_size
-    rows = [tok.decode(ids[s:].tolist()) for s in starts]
+    assert all(tok.decode(ids[:s + 1].tolist()).endswith("\n\n") for s in starts)  # as in evaluate, from edge to edge
+    rows = [tok.decode(ids[s + 1:].tolist()) for s in starts]
     wanted = ["\n\n".join(stories[i:]) for i in range(len(stories))]
     assert set(rows) <= set(wanted) and len(set(rows)) == len(rows) >= len(stories) - 2
     assert edges[0] == 0 and edges[-1] == len(val_ids) - 1 and 1 <= edges.diff().min() and edges.diff().max() <= 4

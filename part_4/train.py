@@ -73,8 +73,8 @@ def document_ends(tok, ids, text):
 
 def load_data(cfg, gpt_cfg):
     """-> tokenizer, training ids (N,), positions where a row may start, validation ids (M,), the edges of its rows, its
-    bytes, true entropy. The world's rows start where a document starts: a story that has lost its brief cannot teach
-    copying from it.
+    bytes, true entropy. The world's rows start with the blank line before a document, in training as in evaluation: a
+    story that has lost its brief cannot teach copying from it.
     """
     extra, entropy = "", None
     if cfg.data == "stories":
@@ -97,7 +97,7 @@ def load_data(cfg, gpt_cfg):
              "take a longer text or a smaller --block_size")
     starts, ends = torch.arange(len(train_ids) - gpt_cfg.block_size), []
     if cfg.data == "stories":
-        starts = document_ends(tok, train_ids[:len(starts) - 1], train) + 1
+        starts = document_ends(tok, train_ids[:len(starts)], train)
         ends = document_ends(tok, val_ids, val).tolist()
     edges = [0]
     for end in sorted({*ends, len(val_ids) - 1}):
@@ -262,8 +262,8 @@ if __name__ == "__main__":
     save(cfg, step + 1, model, optimizers, scaler)  # last: a run that dies before this point can be resumed before it
     save_metrics(cfg, val_loss=val_loss, val_accuracy=accuracy, true_nats_per_byte=entropy, seconds=seconds,
                  steps=step + 1, params=params, vocab_size=tok.vocab_size, seed=cfg.seed)
-    start = torch.tensor([tok.encode("Write a story about a fox named Mia")], device=device)
-    print(tok.decode(model.generate(start, 80, temperature=0.8)[0].tolist()))
+    start = torch.tensor([tok.encode(".\n\nWrite a story about a fox named Mia")], device=device)
+    print(tok.decode(model.generate(start, 80, temperature=0.8)[0].tolist())[3:])
 
     # figure
     records = read_jsonl(Path(cfg.out) / "log.jsonl", ["step", "loss"])
