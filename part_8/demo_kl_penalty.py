@@ -66,13 +66,13 @@ def fit(d, gain):
     return *ab.tolist(), 1 - ((basis @ ab - gain).var(correction=0) / gain.var(correction=0)).item()
 
 def summary(curves):
-    """(seeds, 3, steps) of one beta -> the fit over all points, the best of gold and where it ends, each a list of
-    seeds; smoothed over 4 iterations."""
+    """(seeds, 3, steps) of one beta -> the fit over all points, the best of gold (its start, if it never rises) and
+    where it ends, each a list of seeds; smoothed over 4 iterations."""
     d, gold = curves[:, 0], curves[:, 2]
     smooth = gold.unfold(1, min(4, gold.size(1)), 1).mean(dim=2)
     start = gold[:, :1].mean()
     a, b, r2 = fit(d.flatten(), (gold - start).flatten())
-    return {"start": start.item(), "a": a, "b": b, "r2": r2, "best": smooth.max(dim=1).values.tolist(),
+    return {"start": start.item(), "a": a, "b": b, "r2": r2, "best": smooth.max(dim=1).values.clamp(min=start).tolist(),
             "end": smooth[:, -1].tolist(), "kl": (d[:, -1] ** 2).tolist(), "score": curves[:, 1, -1].tolist()}
 
 def finding(found, answers):
@@ -82,7 +82,8 @@ def finding(found, answers):
     for beta, of in found.items():
         best, end, kl = (sum(of[key]) / len(of[key]) for key in ("best", "end", "kl"))
         fell = all(b - e > noise for b, e in zip(of["best"], of["end"]))
-        said.append(f"beta {beta:g}: gold {of['start']:.2f} to {best:.2f}{f', then {end:.2f}' * fell}, {kl:.1f} nats")
+        rise, fall = f" to {best:.2f}" * (best > of["start"]), f", then {end:.2f}" * fell
+        said.append(f"beta {beta:g}: gold {of['start']:.2f}{rise}{fall}, {kl:.1f} nats")
     return "\n".join(said)
 
 def draw(found, curves, pairs, said, path):
