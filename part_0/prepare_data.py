@@ -34,7 +34,7 @@ class Config:
     out: str = ""         # folder to write (default: data/stories)
     seed: int = 0         # another seed, another sample of the same world
     tau: float = 0.5      # temperature of the preference judge, in checks: small is sharp, large is noisy
-    wrong: float = 0.25   # probability that a demonstration gets one required slot wrong
+    wrong: float = 0.25   # probability that a demonstration gets a required slot wrong, for each of them
     scale: float = 1.0    # multiplies the number of records in every file
 
     def __post_init__(self):

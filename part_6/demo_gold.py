@@ -5,7 +5,7 @@ Part 6 - what instruction tuning taught: which tasks and levels the SFT model pa
     python part_6/demo_gold.py --temperature=0     greedy answers instead of samples
 
 The world knows the truth of every answer, so shared.judge is the gold score: an answer passes when all its checks hold.
-A third of the demonstrations' stories are wrong on purpose. SFT maximises the likelihood of its demonstrations, so
+Of the demonstrations' stories seven in ten are wrong on purpose. SFT maximises the likelihood of its demonstrations, so
 sampled at temperature 1 it can at best be as good as they are: their own score stands beside the model's.
 Bars carry 95 % intervals of a share (Wilson 1927); the demonstrations are those that the model was trained on.
 """
