@@ -23,7 +23,7 @@ class Config:
     all: bool = False  # also run what has no figure yet (a train script builds what it needs)
     out: str = "screenshots"  # folder to write, in the repository
 
-SECONDS = dict(MAKERS.values())  # of each train script, on two cores; a demo takes about 100
+SECONDS = dict(MAKERS.values())  # of each train script, on two cores; a demo takes about 60
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #6a737d; --card: #f6f8fa }
@@ -83,7 +83,7 @@ if __name__ == "__main__":
     missing = [path for _, path in scripts() if not figures(path)]
     broken = []
     if cfg.all and missing:
-        minutes = sum(SECONDS.get(str(path.relative_to(ROOT)), 100) for path in missing) / 60
+        minutes = sum(SECONDS.get(str(path.relative_to(ROOT)), 60) for path in missing) / 60
         print(f"{len(missing)} scripts to run, one after the other: about {minutes:.0f} minutes on two cores")
         for i, path in enumerate(missing):
             start = time.time()

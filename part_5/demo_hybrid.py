@@ -117,7 +117,8 @@ if __name__ == "__main__":
         tables[unit] = {k: [float(np.interp(budget, steps * cost[k], c)) for c in losses[k]] for k in ARMS}
         for name, found in tables[unit].items():
             print(f"{budget:8.1f} {unit:8} {name:20} {fmean(found):.4f}, from {min(found):.4f} to {max(found):.4f}")
-    said = "\n".join(["Nats per byte more than dense", *(f"per {u[:-1]}: {verdict(t)}" for u, t in tables.items())])
+    head = "Nats per byte more than dense" + (", one seed: no verdict" if cfg.seeds == 1 else f", {cfg.seeds} seeds")
+    said = "\n".join([head, *(f"per {u[:-1]}: {verdict(t)}" for u, t in tables.items())])
     print(said)
     fig, axes = figure(said, columns=3, height=5)
     for ax, (unit, cost) in zip(axes, costs.items()):
