@@ -123,7 +123,7 @@ if __name__ == "__main__":
         for way, row, line in zip(WAYS, table, losses.unflatten(2, (cfg.windows, -1)).mean(dim=(1, 3))):
             said = "{}: {:+.3f}, {:.1f} ms, {:.0f} KiB".format(way, row[1], *row[3:])
             axes[i].semilogy(torch.arange(cfg.windows) + 0.5, line, label=said)
-        axes[i].legend(fontsize=8, loc="center right")
+        axes[i].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.68))
         panels[i].bar(range(1, 1 + len(found[i][2])), found[i][2])
         panels[i].axhline((cfg.sink / torch.arange(T // 2 + 1, T + 1)).mean(), color="black", linestyle="--")
         axes[i].set_title(f"{NAMES[i]}: nats per byte beyond recomputation, ms per token, cache", fontsize=10)
