@@ -123,7 +123,7 @@ if __name__ == "__main__":
 
     # figures
     busiest = {name: 1 + max_vio((gate > 0).float().sum(dim=0)[None]) for name, gate in texts.items()}
-    said = "A text's busiest expert, in even shares: " + ", ".join(f"{name} {n:.1f}" for name, n in busiest.items())
+    said = "A text's busiest expert, in even shares:\n" + ", ".join(f"{name} {n:.1f}" for name, n in busiest.items())
     draw_text(texts, [tok.decode([i]) for i in rows[0, :30].tolist()], said, Path(cfg.out) / "demo_routing_text.png")
     said = "MaxVio: " + ", ".join(f"{name} {fmean(v):.2f}" for name, v in vio.items())
     print(said)

@@ -153,6 +153,8 @@ def test_gold_fell_only_if_it_fell_in_every_seed():
     found = {beta: leash.summary(each) for beta, each in curves.items()}
     assert found[0]["kl"] == pytest.approx([4, 4]) and found[0]["score"] == pytest.approx([6, 6])
     assert found[0]["start"] == pytest.approx(0.2) and found[0.2]["best"] == found[0.2]["end"]
+    never = leash.summary(torch.stack([d, 3 * d, 0.5 - 0.2 * d], dim=1))  # gold that only falls is best at its start
+    assert never["best"] == pytest.approx([0.5, 0.5]) and "gold 0.50, then 0.1" in leash.finding({0: never}, 256)
     lines = leash.finding(found, 256).splitlines()
     assert [", then" in line for line in lines] == [True, False, False] and "gold 0.20 to 0.7" in lines[2]
 
