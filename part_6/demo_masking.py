@@ -130,9 +130,9 @@ if __name__ == "__main__":
         means = found[:, kind, arm].mean(axis=0)
         print(f"{('short', 'long')[kind]:8} {ARMS[arm]:24} {means[0]:9.3f} {means[1]:6.3f} {means[2]:6.3f}")
     short, long = (difference(found[:, kind, 0, 0], found[:, kind, 1, 0]) for kind in (0, 1))
-    ended, not_ended = found[:, :, 0, 2].mean(), found[:, :, 2, 2].mean()
+    ended, not_ended, one = found[:, :, 0, 2].mean(), found[:, :, 2, 2].mean(), " (one seed)" * (cfg.seeds == 1)
     said = (f"Prompts in the loss too: short answers {short}, long answers {long};\n"
-            f"answers that end: {ended:.2f}; without the end token in the loss {not_ended:.2f}" + " (one seed)" * (cfg.seeds == 1))
+            f"answers that end: {ended:.2f}; without the end token in the loss {not_ended:.2f}{one}")
     print(said)
     draw(found, said, Path(cfg.out) / "demo_masking.png")
     numbers = {f"{('short', 'long')[kind]} {ARMS[arm]} {name}".replace(" ", "_"): found[:, kind, arm, m].tolist()
