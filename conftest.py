@@ -1,41 +1,60 @@
 """
-Lets one pytest run all parts: `pytest` from the root, `pytest part_3`, `pytest part_6 part_7`.
+Lets one pytest run test all parts: `pytest`, `pytest part_3`, `pytest part_6 part_7`.
 
-Eleven modules are named `model` and several `train` and `tokenizer`. Before a test module is imported, and again before
-each of its tests (which may import on their own), its folder comes first on sys.path and only its modules are in
-sys.modules. They are kept, not imported anew: a class that a test file imported at its top is the same class that a
-test imports later.
+Eleven modules are named `model`, and several are named `train` or `tokenizer`. Therefore, before a
+test file is imported and again before each of its tests (which may import, too), its folder comes
+first on sys.path, and sys.modules contains no module of another part.
+
+The modules of the other parts are kept and put back later. If they were imported a second time, a
+class that a test file imported at its top would differ from the class that a test imports later.
 """
+
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent
-kept = {}  # folder -> {name: module} of the parts that are not being tested right now
-current = None
+
+# {folder: {name: module}} of the parts that are not being tested at the moment
+kept_modules = {}
+current_folder = None
+
+
+def is_part(folder):
+    return folder.parent == ROOT and folder.name.startswith("part_")
 
 
 def part_of(module):
-    """The part's folder that a module was loaded from, or None: torch, shared, ..."""
+    """The folder of the part that a module was loaded from; None for torch, shared and so on."""
     file = getattr(module, "__file__", None)
-    folder = Path(file).parent if file else None
-    return folder if folder and folder.parent == ROOT and folder.name.startswith("part_") else None
+    if file is None:
+        return None
+    folder = Path(file).parent
+    return folder if is_part(folder) else None
 
 
 def enter(folder):
     """Make `import model` mean folder/model.py."""
-    global current
-    if folder == current:
+    global current_folder
+    if folder == current_folder:
         return
-    current = folder
+    current_folder = folder
+
+    # Put the modules of the previous part away, and those of this part back.
     for name, module in list(sys.modules.items()):
         home = part_of(module)
         if home is not None:
-            kept.setdefault(home, {})[name] = sys.modules.pop(name)
-    sys.modules.update(kept.pop(folder, {}))
-    others = [p for p in sys.path if Path(p or ".").resolve().parent != ROOT or not Path(p).name.startswith("part_")]
-    sys.path[:] = [str(folder)] + [p for p in others if p != str(ROOT)] + [str(ROOT)]
+            kept_modules.setdefault(home, {})[name] = sys.modules.pop(name)
+    sys.modules.update(kept_modules.pop(folder, {}))
+
+    # This part comes first and the root, with shared.py, comes last.
+    other_paths = []
+    for path in sys.path:
+        resolved = Path(path or ".").resolve()
+        if resolved != ROOT and not is_part(resolved):
+            other_paths.append(path)
+    sys.path[:] = [str(folder), *other_paths, str(ROOT)]
 
 
 def pytest_collectstart(collector):

@@ -1,300 +1,803 @@
-"""What every part needs and no part teaches: options, device, files, log, the judge of answers, one style of figure.
-What a user can mend is one line on stderr and exit code 2, never a traceback."""
-import difflib, functools, inspect, io, json, math, os, random, re, signal, socket, subprocess, sys, time
+"""
+What every part needs and no part teaches: the command line, seed, device and dtype, files, the log,
+the judge of answers, and one style of figure.
+
+A mistake that the user can correct ends in one line on stderr and exit code 2. A bug keeps its
+traceback.
+"""
+
+import argparse
+import difflib
+import functools
+import inspect
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from contextlib import nullcontext, suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets it; 0 is the process that prints, logs and builds
-NEUTRAL = {"out", "device", "resume", "save_every", "eval_every", "log_every", "threads"}  # cannot change a result
+
+# torchrun sets RANK. Process 0 prints, logs and builds what is missing.
+RANK = int(os.environ.get("RANK", 0))
+
+# These options cannot change a result, so a run with them is still a run with the defaults.
+NEUTRAL = {"out", "device", "resume", "save_every", "eval_every", "log_every", "threads"}
+
 BOOLS = {"0": False, "1": True, "false": False, "true": True}
-as_json = functools.partial(json.dumps, default=lambda value: value.tolist())  # tensors and numpy numbers too
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]  # Okabe and Ito
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+# Okabe and Ito's palette: people who are colour-blind can tell these apart.
+COLOURS = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+]
+
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-MAKERS = {  # what require() can build: by which script, in about how many seconds on two cores
-    "data/stories": ("part_0/prepare_data.py", 8), "part_1/out/gpt.pt": ("part_1/train.py", 25),
-    "part_2/out/gpt.pt": ("part_2/train.py", 80), "part_3/out/gpt.pt": ("part_3/train.py", 90),
-    "part_4/out/base.pt": ("part_4/train.py", 90), "part_5/out/gpt.pt": ("part_5/train.py", 150),
-    "part_6/out/sft.pt": ("part_6/train_sft.py", 90), "part_7/out/rm.pt": ("part_7/train_rm.py", 160),
-    "part_8/out/ppo.pt": ("part_8/train_ppo.py", 110), "part_9/out/grpo.pt": ("part_9/train_grpo.py", 160),
+
+
+class Maker(NamedTuple):
+    script: str  # the script that makes the file, relative to ROOT
+    seconds: int  # how long that takes on two cores, roughly
+
+
+# What require() can build.
+MAKERS = {
+    "data/stories": Maker("part_0/prepare_data.py", seconds=8),
+    "part_1/out/gpt.pt": Maker("part_1/train.py", seconds=25),
+    "part_2/out/gpt.pt": Maker("part_2/train.py", seconds=80),
+    "part_3/out/gpt.pt": Maker("part_3/train.py", seconds=90),
+    "part_4/out/base.pt": Maker("part_4/train.py", seconds=90),
+    "part_5/out/gpt.pt": Maker("part_5/train.py", seconds=150),
+    "part_6/out/sft.pt": Maker("part_6/train_sft.py", seconds=90),
+    "part_7/out/rm.pt": Maker("part_7/train_rm.py", seconds=160),
+    "part_8/out/reinforce.pt": Maker("part_8/train_reinforce.py", seconds=60),
+    "part_8/out/ppo.pt": Maker("part_8/train_ppo.py", seconds=110),
+    "part_9/out/grpo.pt": Maker("part_9/train_grpo.py", seconds=160),
 }
 
+
+# ------------------------------------------------------------------------------------------
+# Errors: one line, no traceback
+
+
 def fail(message, code=2):
-    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+    """Print the message as one line on stderr and exit."""
+    one_line = " ".join(str(message).split())
+    print("error:", one_line, file=sys.stderr, flush=True)
     sys.exit(code)
 
-def need(condition, message):
-    condition or fail(message)
 
-def on_error(kind, error, trace):  # a sys.excepthook; os._exit, because a hook cannot choose the exit code
+def on_interrupt(signal_number, frame):
+    """The signal handler for Ctrl-C."""
+    fail("interrupted; every file that was already saved is complete", code=130)
+
+
+def on_uncaught_error(kind, error, trace):
+    """The sys.excepthook: an OSError (a full disk, a missing folder) becomes one line."""
     if not issubclass(kind, OSError):
-        return sys.__excepthook__(kind, error, trace)
+        sys.__excepthook__(kind, error, trace)
+        return
+
+    # stderr may be on the full disk, too.
     with suppress(OSError):
-        print(f"error: {error.filename or kind.__name__}: {error.strerror or error}", file=sys.stderr, flush=True)
+        subject = error.filename or kind.__name__
+        reason = error.strerror or error
+        print(f"error: {subject}: {reason}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+
+    # After a hook Python exits with code 1. Only os._exit can choose another code.
     os._exit(2)
 
-def print_help(configs):
-    first, *rest = inspect.cleandoc(sys.modules[type(configs[0]).__module__].__doc__ or "").split("\n\n")
-    print(first, "", *re.findall(r"^ *(?:\w+=\S+ )*(?:python|torchrun) .*", "\n".join(rest), re.M), sep="\n")
-    for config in configs:
-        comments = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.*)$", inspect.getsource(type(config)), re.M))
-        print(f"\n{type(config).__name__}")
-        for f in fields(config):
-            print(f"  {f'--{f.name}={getattr(config, f.name)}':<28}  {comments.get(f.name, '')}".rstrip())
 
-def parse(argv, kinds):
-    """["--lr=0.1", "--steps", "9", "--resume"] -> {"lr": 0.1, "steps": 9, "resume": True}, by the fields' types."""
-    given, words = {}, list(argv)
-    while words:
-        key, equals, text = words.pop(0).partition("=")
-        near = difflib.get_close_matches(key, kinds, 1, 0)[0]
-        need(key.startswith("--") and key[2:] in kinds, f"no option {key}, did you mean --{near}? --help lists them")
-        key, kind = key[2:], kinds[key[2:]]
-        if not equals:
-            follows = words and not words[0].startswith("--")
-            need(follows or kind is bool, f"--{key} wants a value: --{key}=...")
-            text = words.pop(0) if follows else "true"
-        try:
-            given[key] = BOOLS[text.lower()] if kind is bool else kind(text)
-        except (KeyError, ValueError):
-            fail(f"--{key} wants {'an' if kind is int else 'a'} {kind.__name__}, got {text!r}")
-    return given
+# ------------------------------------------------------------------------------------------
+# Options: dataclasses, filled from the command line
 
-def rebuild(config, own):
-    """The same dataclass with `own` changed. What its __post_init__ derived (head_dim=0 -> 32) is derived again."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    for f in fields(config):
-        with suppress(Exception):  # a default may be impossible beside these values
-            values[f.name] = f.default if replace(config, **{f.name: f.default}) == config else values[f.name]
-    return type(config)(**{**values, **own})
 
-def cli(*configs, argv=None):
-    """The same dataclasses, filled from the command line. .changed: {knob: value} off its default that can matter."""
-    if argv is None:  # a script, not a test
-        signal.signal(signal.SIGINT, lambda *_: fail("interrupted, every file that was saved is whole", 130))
-        sys.excepthook = on_error
+def parse_args(*classes, argv=None, **defaults):
+    """Build one config of each dataclass from the command line.
+
+    cfg = parse_args(Config)
+    cfg, gpt_cfg = parse_args(Config, GPTConfig, block_size=128)
+
+    Keyword arguments replace the defaults of the fields with these names. argv is for tests.
+    cfg.changed is {option: value} of every option that differs from its default and can change a
+    result. All configs of one call share it.
+    """
+    # A list of arguments comes from a test, which handles errors and signals itself.
+    if argv is None:
+        signal.signal(signal.SIGINT, on_interrupt)
+        sys.excepthook = on_uncaught_error
         argv = sys.argv[1:]
-    if {"-h", "--help"} & set(argv):
-        sys.exit(print_help(configs))
-    given = parse(argv, {f.name: f.type for c in configs for f in fields(c)})
-    filled, changed = [], {}
-    for config in configs:
-        own = {f.name: given[f.name] for f in fields(config) if f.name in given}
-        try:
-            new = rebuild(config, own)
-        except (AssertionError, ZeroDivisionError) as error:
-            fail(str(error) if isinstance(error, AssertionError) else f"a size is 0 that others are divided by: {own}")
-        changed |= {k: v for k, v in own.items() if k not in NEUTRAL and getattr(new, k) != getattr(config, k)}
-        new.changed = changed
-        filled.append(new)
-    return tuple(filled) if len(filled) > 1 else filled[0]
 
-def setup(cfg):
-    """Seed, threads, device, dtype and out of cfg, written back resolved -> (device, autocast), `with autocast():`."""
-    seed = getattr(cfg, "seed", 0)
+    names = {field.name for cls in classes for field in fields(cls)}
+    unknown = set(defaults) - names
+    assert not unknown, f"{unknown} are not fields of {classes}"
+
+    given = parse_options(classes, defaults, argv)
+
+    configs = []
+    changed = {}
+    for cls in classes:
+        config = build_config(cls, defaults, given)
+        changed |= changed_options(config, defaults, given)
+        configs.append(config)
+
+    for config in configs:
+        config.changed = changed
+    if len(configs) == 1:
+        return configs[0]
+    return tuple(configs)
+
+
+def parse_options(classes, defaults, argv):
+    """["--lr=0.1", "--steps", "9", "--resume"] -> {"lr": 0.1, "steps": 9, "resume": True}"""
+    wants_help = "-h" in argv or "--help" in argv
+    parser = build_parser(classes, defaults, wants_help)
+    try:
+        namespace, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        # A value with a minus in front (-1e-3) looks like an option, unless it follows a "=".
+        option, message = error.argument_name, error.message
+        if message == "expected one argument":
+            message = f"wants a value: {option}=..."
+        fail(f"{option} {message}")
+
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        options = [f"--{field.name}" for cls in classes for field in fields(cls)]
+        nearest = difflib.get_close_matches(word, options, n=1, cutoff=0)[0]
+        fail(f"no option {word}, did you mean {nearest}? --help lists all options")
+    return vars(namespace)
+
+
+def build_parser(classes, defaults, wants_help):
+    """An argparse parser with one option for each field. It returns only the options given.
+
+    The texts for --help are read from the source code, and only if they are wanted.
+    """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--option=value ...]",
+        description=script_description(classes[0]) if wants_help else None,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100
+        ),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+
+    names = set()
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__)
+        comments = field_comments(cls) if wants_help else {}
+        for field in fields(cls):
+            # Two classes may share a field. Then one option fills both.
+            if field.name in names:
+                continue
+            names.add(field.name)
+
+            default = defaults.get(field.name, field.default)
+            shown_default = "empty" if default == "" else default
+            text = f"{comments.get(field.name, '')} (default: {shown_default})".strip()
+
+            # A flag may stand alone: --resume means --resume=true.
+            is_flag = field.type is bool
+            group.add_argument(
+                f"--{field.name}",
+                type=converter(field.type),
+                nargs="?" if is_flag else None,
+                const=True if is_flag else None,
+                metavar=field.type.__name__.upper(),
+                help=text.replace("%", "%%"),
+            )
+    return parser
+
+
+def converter(kind):
+    """A function from the text on the command line to a value of this type."""
+    wanted = {int: "an int", float: "a float", bool: "true or false"}
+
+    def convert(text):
+        try:
+            if kind is bool:
+                return BOOLS[text.lower()]
+            return kind(text)
+        except (KeyError, ValueError):
+            message = f"wants {wanted[kind]}, got {text!r}"
+            raise argparse.ArgumentTypeError(message) from None
+
+    return convert
+
+
+def script_description(cls):
+    """The first paragraph of the script's docstring, and the commands in the rest of it."""
+    docstring = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+    first, _, rest = docstring.partition("\n\n")
+    commands = re.findall(r"^ *(?:\w+=\S+ )*(?:python3?|torchrun) .*", rest, re.MULTILINE)
+    return "\n".join([first, "", *commands])
+
+
+def field_comments(cls):
+    """{field: comment}: the comment at the end of the field's line, or else the lines above it."""
+    comments = {}
+    lines_above = []
+    for line in inspect.getsource(cls).splitlines():
+        line = line.strip()
+        if line.startswith("#"):
+            lines_above.append(line.lstrip("# "))
+            continue
+
+        match = re.fullmatch(r"(\w+)\s*:.*?(?:\s#\s*(.*))?", line)
+        if match:
+            name, comment = match.groups()
+            comments[name] = comment or " ".join(lines_above)
+        lines_above = []
+    return comments
+
+
+def build_config(cls, defaults, given):
+    """One config from the final values, so that __post_init__ derives other fields from these."""
+    values = select_fields(cls, defaults | given)
+    try:
+        return cls(**values)
+    except AssertionError as error:
+        fail(error)
+    except ZeroDivisionError:
+        options = " ".join(f"--{name}={value}" for name, value in values.items())
+        fail(f"a size by which others are divided is 0: {options}")
+
+
+def changed_options(config, defaults, given):
+    """{option: value} of the given options that differ from their defaults and can matter."""
+    default_config = type(config)(**select_fields(type(config), defaults))
+    changed = {}
+    for name in select_fields(type(config), given):
+        value = getattr(config, name)
+        if name not in NEUTRAL and value != getattr(default_config, name):
+            changed[name] = value
+    return changed
+
+
+def select_fields(cls, values):
+    """The values that belong to fields of this class, in the order of the fields."""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
+
+
+# ------------------------------------------------------------------------------------------
+# Setting up a run
+
+
+def set_seed(seed):
+    """Seed every generator of random numbers that the parts use."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.set_num_threads(getattr(cfg, "threads", 0) or torch.get_num_threads())
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = getattr(cfg, "device", "") or best
-    try:  # under torchrun each process takes the GPU of its LOCAL_RANK
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+
+
+def pick_device(name=""):
+    """The torch.device of this name; the best one available if the name is empty."""
+    best = "cpu"
+    if torch.cuda.is_available():
+        best = "cuda"
+    elif torch.backends.mps.is_available():
+        best = "mps"
+    name = name or best
+
+    # Under torchrun each process takes a GPU of its own.
+    full_name = name
+    if name == "cuda":
+        full_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+    # Only using a device shows that it works. A torch built without CUDA raises AssertionError.
+    try:
+        device = torch.device(full_name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):  # torch raises the latter where it was built without CUDA
+    except (RuntimeError, AssertionError):
         fail(f"--device={name} is not available here, {best} is")
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = getattr(cfg, "dtype", "fp32") or ("bf16" if device.type == "cuda" else "fp32")
-    possible = dtype in DTYPES and (dtype, device.type) != ("fp16", "cpu")
-    need(possible, f"--dtype={dtype}: it is fp32, bf16 or, on a GPU, fp16")
-    out, changed = getattr(cfg, "out", ""), getattr(cfg, "changed", {})
-    folder = Path(out).expanduser().resolve() if out else Path(inspect.getfile(type(cfg))).resolve().parent / "out"
-    if changed and not out:  # the default chain is never silently someone's experiment
-        folder /= re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{k}={v}" for k, v in changed.items()))[:200]
-        RANK or print(f"other settings than the defaults: this run goes to {folder}", flush=True)
-    need(folder.is_dir() or not folder.exists(), f"--out={out} is a file, a folder is wanted")
+    return device
+
+
+def pick_dtype(name, device):
+    """The checked name, or if it is empty the best one: bf16 on CUDA and fp32 elsewhere."""
+    if not name:
+        return "bf16" if device.type == "cuda" else "fp32"
+    if name not in DTYPES or (name == "fp16" and device.type == "cpu"):
+        fail(f"--dtype={name} is not possible: choose fp32, bf16 or, on a GPU, fp16")
+    return name
+
+
+def autocast_for(device, dtype):
+    """A function that makes the context for forward passes: `with autocast(): ...`"""
+    if dtype == "fp32":
+        return nullcontext
+    return functools.partial(torch.autocast, device.type, DTYPES[dtype])
+
+
+def output_folder(cfg):
+    """The Path of the folder for everything that a run writes. It is made if it is missing.
+
+    It is --out if the user gave one, or else out/ beside the script. A run with other settings than
+    the defaults goes to out/steps=50,.../, because the parts that follow read from out/ itself and
+    must not pick up somebody's experiment.
+    """
+    # A config that parse_args did not make has no `changed`, and not every script has `out`.
+    out = getattr(cfg, "out", "")
+    changed = getattr(cfg, "changed", {})
+
+    if out:
+        folder = Path(out).expanduser().resolve()
+    else:
+        folder = Path(inspect.getfile(type(cfg))).resolve().parent / "out"
+        if changed:
+            settings = ",".join(f"{name}={value}" for name, value in changed.items())
+            folder = folder / re.sub(r"[^\w.=,+-]+", "_", settings)[:200]
+            if RANK == 0:
+                print(f"some settings differ from the defaults: writing to {folder}", flush=True)
+
+    if folder.exists() and not folder.is_dir():
+        fail(f"--out={out} is a file, but it must be a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    cfg.device, cfg.dtype, cfg.out = str(device), dtype, str(folder)
-    return device, nullcontext if dtype == "fp32" else functools.partial(torch.autocast, device.type, DTYPES[dtype])
+    return folder
+
+
+# ------------------------------------------------------------------------------------------
+# Files
+
+
+def as_json(value, **options):
+    """json.dumps, which also accepts tensors and numpy's numbers."""
+    return json.dumps(value, default=lambda array: array.tolist(), **options)
+
 
 def write_atomic(path, data):
-    """All the bytes or none: temporary name, fsync, rename."""
+    """Write all the bytes or none: to a temporary file first, which is then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
+
+def save_metrics(out, name="metrics", **metrics):
+    """Write OUT/NAME.json. Only the part's main script keeps the name "metrics"."""
+    write_atomic(Path(out) / f"{name}.json", as_json(metrics, indent=1).encode())
+
+
 def save_checkpoint(path, *, kind, **content):
-    """One file of plain dicts, lists, strings, numbers, bytes and tensors. Pass changed=cfg.changed."""
-    buffer = io.BytesIO()  # in memory first: a full disk is then an OSError, with nothing half-written
+    """Write dicts, lists, strings, numbers, bytes and tensors. Pass changed=cfg.changed, too."""
+    # In memory first: a full disk is then a plain OSError in write_atomic.
+    buffer = io.BytesIO()
     torch.save({"kind": kind, "changed": {}, **content}, buffer)
     write_atomic(path, buffer.getvalue())
 
+
 def load_checkpoint(path, kind):
-    """The dict that save_checkpoint wrote, on the CPU. kind: a name, a tuple of names that will do, or None for any."""
-    need(Path(path).is_file(), f"no checkpoint at {path}")
+    """The dict that save_checkpoint wrote, with its tensors on the CPU.
+
+    kind is a name, a tuple of names of which any is accepted, or None to accept every kind.
+    """
+    if not Path(path).is_file():
+        fail(f"no checkpoint at {path}")
+
+    # torch.load raises many kinds of errors for files that it did not write.
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = dict(content)["kind"]
-    except Exception as error:  # torch.load has a dozen ways to say that a file is not its own
-        fail(f"{path} is truncated or not a checkpoint of this project ({type(error).__name__}): make it again")
-    wanted = (kind,) if isinstance(kind, str) else kind or (found,)
-    need(found in wanted, f"{path} is a {found!r} checkpoint, wanted is {' or '.join(map(repr, wanted))}")
+        actual_kind = dict(content)["kind"]
+    except Exception as error:
+        name = type(error).__name__
+        fail(f"{path} is truncated or not a checkpoint of this project ({name}): make it again")
+
+    if kind is None:
+        return content
+    expected_kinds = (kind,) if isinstance(kind, str) else kind
+    if actual_kind not in expected_kinds:
+        expected = " or ".join(repr(expected_kind) for expected_kind in expected_kinds)
+        fail(f"{path} is a {actual_kind!r} checkpoint, expected {expected}")
     return content
 
+
 def require(path):
-    """The absolute Path of "part_6/out/sft.pt", "data/stories", ...: if missing, its script makes it with the defaults.
-    Any other path is the user's own, relative to where they stand, and must exist."""
+    """The absolute Path of a file that a script needs, such as "part_6/out/sft.pt".
+
+    If it is one of MAKERS and missing, its script is run with the defaults. Any other path is the
+    user's own, relative to the current folder, and must exist.
+    """
     if str(path) not in MAKERS:
-        return Path(path).resolve() if Path(path).exists() else fail(f"there is no {path}")
-    target, (script, seconds) = ROOT / path, MAKERS[str(path)]
-    done = target if target.suffix else target / "facts.json"  # the generator writes facts.json last
-    while RANK > 0 and not done.exists():  # rank 0 alone builds
+        if not Path(path).exists():
+            fail(f"there is no {path}")
+        return Path(path).resolve()
+
+    # A data set is a folder, and prepare_data.py writes facts.json last.
+    target = ROOT / path
+    is_checkpoint = target.suffix != ""
+    last_file = target if is_checkpoint else target / "facts.json"
+
+    # Under torchrun only process 0 builds, the others wait for it.
+    while RANK > 0 and not last_file.exists():
         time.sleep(0.5)
-    if not done.exists():
-        print(f"{path} is missing: running {script}, about {seconds} s", flush=True)
-        torchrun = "RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_"  # the child trains alone
-        env = {k: v for k, v in os.environ.items() if not re.match(torchrun, k)}
-        child = subprocess.run([sys.executable, str(ROOT / script)], env=env)
-        child.returncode == 0 or sys.exit(child.returncode)  # it has said why
-    made = load_checkpoint(done, None) if target.suffix else json.loads(done.read_text())
-    knobs = " ".join(f"--{k}={v}" for k, v in made.get("changed", {}).items())
-    need(not knobs, f"{path} was made with {knobs}, not with the defaults: move it away and it is built again")
+    if not last_file.exists():
+        run_maker(path, MAKERS[str(path)])
+
+    # Somebody may have written an experiment to this path with --out.
+    made = load_checkpoint(last_file, None) if is_checkpoint else json.loads(last_file.read_text())
+    changed = made.get("changed", {})
+    if changed:
+        options = " ".join(f"--{name}={value}" for name, value in changed.items())
+        fail(
+            f"{path} was made with {options}, not with the defaults: "
+            "move it away, and it will be built again"
+        )
     return target
 
+
+def run_maker(path, maker):
+    """Run the script that makes this file, and exit if it fails."""
+    print(f"{path} is missing: running {maker.script}, about {maker.seconds} s", flush=True)
+
+    # The child trains in one process, so it must not see the variables that torchrun has set.
+    torchrun = "RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_"
+    environment = {}
+    for name, value in os.environ.items():
+        if not re.match(torchrun, name):
+            environment[name] = value
+
+    # The child has already printed why it failed.
+    child = subprocess.run([sys.executable, str(ROOT / maker.script)], env=environment)
+    if child.returncode != 0:
+        sys.exit(child.returncode)
+
+
 def read_text(path):
-    """A UTF-8 file as one string, never empty. The name "shakespeare" is downloaded once."""
+    """A UTF-8 file as one string, which is never empty. "shakespeare" is downloaded once."""
     if path == "shakespeare":
-        path = ROOT / "data/shakespeare/input.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(30)
-        try:  # it checks the sum, then renames
-            path.exists() or torch.hub.download_url_to_file(SHAKESPEARE, path, SHAKESPEARE_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:
-            fail(f"cannot download tiny Shakespeare ({error}): without a network, put it at {path}")
-    need(Path(path).is_file(), f"there is no file {path}")
+        path = download_shakespeare()
+    if not Path(path).is_file():
+        fail(f"there is no file {path}")
+
+    # What cannot be decoded is replaced by U+FFFD.
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    need("\ufffd" not in text, f"{path} is not UTF-8 text")
-    return text if text.strip() else fail(f"{path} is empty")
+    if "\ufffd" in text:
+        fail(f"{path} is not UTF-8 text")
+    if not text.strip():
+        fail(f"{path} is empty")
+    return text
+
+
+def download_shakespeare():
+    """The path of the tiny Shakespeare text, which is downloaded if it is not there yet."""
+    path = ROOT / "data/shakespeare/input.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return path
+
+    # The file gets its name only after its checksum was found to be right.
+    socket.setdefaulttimeout(30)
+    try:
+        torch.hub.download_url_to_file(SHAKESPEARE, path, SHAKESPEARE_SHA256, progress=False)
+    except (OSError, RuntimeError) as error:
+        fail(
+            f"cannot download tiny Shakespeare ({error}): "
+            f"without a network, put the file at {path} yourself"
+        )
+    return path
+
 
 def read_jsonl(path, fields):
-    """A list of dicts, one JSON object per line or one JSON array of them. Each has `fields`, as text or numbers."""
-    text, records = read_text(path), []
-    array = text.lstrip().startswith("[")
-    for i, line in enumerate([text] if array else text.split("\n"), 1):  # splitlines() also cuts inside strings
-        try:
-            found = json.loads(line.strip() or "[]")
-        except json.JSONDecodeError as error:
-            fail(f"{path} line {i + error.lineno - 1}: {error.msg}, column {error.colno}")
-        for record in found if isinstance(found, list) else [found]:
-            where = f"{path} record {len(records) + 1}" if array else f"{path} line {i}"
-            need(isinstance(record, dict), f"{where}: an object with {', '.join(fields)} is wanted")
-            for f in fields:
-                need(isinstance(record.get(f), (str, int, float)), f"{where}: field {f!r} is missing or not text")
-            records.append(record)
-    return records or fail(f"{path} has no records")
+    """A list of dicts from a file with one JSON object per line, or with one JSON array of them.
 
-def save_metrics(out, name="metrics", **metrics):
-    """Flat OUT/metrics.json. out: a config or its folder; name= for any script but the part's main one."""
-    write_atomic(Path(out.out if is_dataclass(out) else out) / f"{name}.json", as_json(metrics, indent=1).encode())
+    Every record must have all of `fields`, as text or as numbers.
+    """
+    text = read_text(path)
+    is_array = text.lstrip().startswith("[")
+
+    # str.splitlines() would also cut at other characters, which may stand inside a JSON string.
+    chunks = [text] if is_array else text.split("\n")
+
+    records = []
+    for line_number, chunk in enumerate(chunks, start=1):
+        if not chunk.strip():
+            continue
+        try:
+            value = json.loads(chunk.strip())
+        except json.JSONDecodeError as error:
+            line = line_number + error.lineno - 1
+            fail(f"{path} line {line}: {error.msg}, column {error.colno}")
+
+        for record in value if isinstance(value, list) else [value]:
+            where = f"{path} line {line_number}"
+            if is_array:
+                where = f"{path} record {len(records) + 1}"
+            check_record(record, fields, where)
+            records.append(record)
+
+    if not records:
+        fail(f"{path} has no records")
+    return records
+
+
+def check_record(record, fields, where):
+    """Fail unless the record is a dict with all of these fields."""
+    if not isinstance(record, dict):
+        fail(f"{where}: expected an object with {', '.join(fields)}")
+    for field in fields:
+        if not isinstance(record.get(field), (str, int, float)):
+            fail(f"{where}: field {field!r} is missing or not text")
+
+
+# ------------------------------------------------------------------------------------------
+# The log
+
 
 class Log:
-    """log(step, loss=...): a line of OUT/log.jsonl per call; on the screen one every 2 s, besides the first, the last,
-    and one with something new (an evaluation). Steps are 0 to total - 1; resume_step=N keeps the lines of steps < N."""
-    seconds = property(lambda self: time.time() - self.start)
+    """log(step, loss=..., ...) writes a line to OUT/NAME.jsonl and sometimes prints one.
 
-    def __init__(self, cfg, total, resume_step=0, name="log"):
-        self.total, self.first, self.start, self.printed, self.keys = total, resume_step, time.time(), 0, set()
-        path = Path(cfg.out) / f"{name}.jsonl" if RANK == 0 else Path(os.devnull)
-        lines = re.finditer(r'^{"step": (\d+)\b.*}\n', path.read_text() if resume_step and path.exists() else "", re.M)
+    It prints at most one line every 2 s, plus the first, the last, and every line with a value that
+    the line before did not have (an evaluation). Steps run from 0 to total_steps - 1. With
+    resume_step=N the lines of the steps before N are kept.
+    """
+
+    def __init__(self, out, total_steps, resume_step=0, name="log"):
+        self.total_steps = total_steps
+        self.first_step = resume_step
+        self.start_time = time.time()
+        self.last_print_time = 0.0
+        self.last_keys = set()
+
+        path = Path(out) / f"{name}.jsonl"
+        if RANK > 0:
+            path = Path(os.devnull)
+
+        # A crash may have torn the last line. Such a line is not kept.
+        kept_lines = []
+        if resume_step > 0 and path.exists():
+            for line in path.read_text().splitlines(keepends=True):
+                match = re.fullmatch(r'{"step": (\d+)\b.*}\n', line)
+                if match and int(match[1]) < resume_step:
+                    kept_lines.append(line)
+
         self.file = open(path, "w", buffering=1)
-        self.file.writelines(m[0] for m in lines if int(m[1]) < resume_step)  # a torn last line does not match
+        self.file.writelines(kept_lines)
+
+    @property
+    def seconds(self):
+        """The time since the log was opened."""
+        return time.time() - self.start_time
 
     def __call__(self, step, **values):
         loss = float(values.get("loss", 0))
-        need(math.isfinite(loss), f"loss is {loss} at step {step}: lower --lr, or look at the data of this step")
+        if not math.isfinite(loss):
+            fail(f"loss is {loss} at step {step}: lower --lr, or look at the data of this step")
+
         line = as_json({"step": step, **values})
         self.file.write(line + "\n")
-        new, self.keys = set(values) - self.keys, set(values)
-        if RANK > 0 or not (new or step + 1 >= self.total or time.time() - self.printed >= 2):
-            return
-        self.printed = time.time()
-        scalars = list(json.loads(line).items())[1:]
-        shown = [f"{k} {v:#.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars if np.isscalar(v)]
-        left = self.seconds / max(step + 1 - self.first, 1) * max(self.total - step - 1, 0)
-        times = "{}:{:02} elapsed, {}:{:02} left".format(*divmod(int(self.seconds), 60), *divmod(int(left), 60))
-        print(f"step {step:{len(str(self.total))}}/{self.total}", *shown, times, sep=" | ", flush=True)
 
-@functools.lru_cache
-def story_patterns(facts):
-    """[(stage, compiled regex, end)] of a world's sentences, from its facts.json."""
-    facts.exists() or require(f"data/{facts.parent.name}")
-    return [(p["stage"], re.compile(p["regex"]), p["end"]) for p in json.loads(facts.read_text())["patterns"]]
+        has_new_key = not set(values) <= self.last_keys
+        self.last_keys = set(values)
+        is_last = step + 1 >= self.total_steps
+        is_time = time.time() - self.last_print_time >= 2
+        if RANK == 0 and (has_new_key or is_last or is_time):
+            self.last_print_time = time.time()
+            self.print_progress(step, json.loads(line))
+
+    def print_progress(self, step, values):
+        """Print the numbers and texts of one line, the time elapsed and the time left."""
+        shown = []
+        for name, value in values.items():
+            if name == "step" or not isinstance(value, (str, int, float)):
+                continue
+            text = f"{value:#.4g}" if isinstance(value, float) else str(value)
+            shown.append(f"{name} {text}")
+
+        # The steps to come take as long as the steps so far did.
+        seconds_per_step = self.seconds / max(step + 1 - self.first_step, 1)
+        seconds_left = seconds_per_step * max(self.total_steps - step - 1, 0)
+        times = f"{clock(self.seconds)} elapsed, {clock(seconds_left)} left"
+
+        width = len(str(self.total_steps))
+        print(f"step {step:{width}}/{self.total_steps}", *shown, times, sep=" | ", flush=True)
+
+
+def clock(seconds):
+    """75.3 -> "1:15", minutes and seconds."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes}:{seconds:02}"
+
+
+# ------------------------------------------------------------------------------------------
+# The judge
+
+
+class Verdict(NamedTuple):
+    checks: dict  # {name of the check: whether it holds}
+    share: float  # share of the checks that hold
+    passed: bool  # whether all of them hold
+
+
+class StoryPattern(NamedTuple):
+    stage: int  # the place of such a sentence in a story, counted from 0
+    regex: re.Pattern  # what such a sentence looks like; its groups are names and things
+    end: str  # how a story with this last sentence ends, or None
+
 
 def judge(record, answer, ended=True):
-    """(checks by name, share that holds, whether all do), or None without a record["check"]: {"answer": "7"}, or any of
-    "must" (words), "ends", "no_repeat", "patterns" (the world whose sentences count). ended=False: it was cut off."""
+    """Check an answer by rules -> Verdict, or None if the record has no "check".
+
+    record["check"] is a dict. Its keys say what is checked:
+        answer     the answer must be exactly this text
+        must       a list of words that must occur
+        ends       how the story must end, for example "happy"
+        no_repeat  if true, no sentence may occur twice
+        patterns   the name of a world: the sentences must tell one of its stories
+    ended=False says that the answer was cut off, which is a check of its own.
+    """
     check = record.get("check")
     if not check:
         return None
-    checks = {f"has:{w}": bool(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", answer)) for w in check.get("must", [])}
+
+    checks = {}
+    for word in check.get("must", []):
+        whole_word = rf"(?<!\w){re.escape(word)}(?!\w)"
+        checks[f"has:{word}"] = re.search(whole_word, answer) is not None
+
     if "answer" in check:
         checks["answer"] = answer.strip() == str(check["answer"]).strip()
-    sentences = [s for s in re.split(r"(?<=\.) ", answer.strip()) if s]
+
+    sentences = [sentence for sentence in re.split(r"(?<=\.) ", answer.strip()) if sentence]
     if check.get("no_repeat"):
         checks["no_repeat"] = 0 < len(sentences) == len(set(sentences))
+
     if "patterns" in check or "ends" in check:
-        patterns = story_patterns(ROOT / "data" / check.get("patterns", "stories") / "facts.json")
-        found = [next((p for p in patterns if p[1].fullmatch(s)), None) for s in sentences]
-        if "ends" in check:
-            checks["ends"] = bool(found and found[-1] and found[-1][2] == check["ends"])
-        if "patterns" in check:
-            stages = [f and f[0] for f in found]
-            checks["patterns"] = stages == list(range(max(stage for stage, _, _ in patterns) + 1))
-            named = {kv for p, s in zip(found, sentences) if p for kv in p[1].fullmatch(s).groupdict().items() if kv[1]}
-            checks["agree"] = any(found) and len(named) == len({name for name, _ in named})
+        checks |= check_story(check, sentences)
+
+    # An exact answer that has ended needs no further proof that it has.
     if "answer" not in check or not ended:
         checks["end"] = ended
-    return checks, sum(checks.values()) / len(checks), all(checks.values())
+
+    share = sum(checks.values()) / len(checks)
+    return Verdict(checks, share, passed=all(checks.values()))
+
+
+def check_story(check, sentences):
+    """{name: whether it holds} of the checks that need the sentence patterns of a world."""
+    world = check.get("patterns", "stories")
+    patterns = story_patterns(ROOT / "data" / world / "facts.json")
+
+    # For each sentence: its pattern, or None if the world has no such sentence.
+    matched = [match_sentence(patterns, sentence) for sentence in sentences]
+
+    checks = {}
+    if "ends" in check:
+        last = matched[-1] if matched else None
+        checks["ends"] = last is not None and last.end == check["ends"]
+
+    if "patterns" in check:
+        # A story has exactly one sentence for each stage, in order.
+        stages = [pattern.stage if pattern else None for pattern in matched]
+        last_stage = max(pattern.stage for pattern in patterns)
+        checks["patterns"] = stages == list(range(last_stage + 1))
+        checks["agree"] = sentences_agree(matched, sentences)
+    return checks
+
+
+def match_sentence(patterns, sentence):
+    """The first pattern that the whole sentence fits, or None."""
+    for pattern in patterns:
+        if pattern.regex.fullmatch(sentence):
+            return pattern
+    return None
+
+
+def sentences_agree(matched, sentences):
+    """Does every sentence speak of the same hero, the same thing, and so on?"""
+    value_of = {}
+    for pattern, sentence in zip(matched, sentences):
+        if pattern is None:
+            continue
+        for name, value in pattern.regex.fullmatch(sentence).groupdict().items():
+            if value and value_of.setdefault(name, value) != value:
+                return False
+    return any(pattern is not None for pattern in matched)
+
+
+@functools.lru_cache
+def story_patterns(facts_path):
+    """The list of StoryPatterns in a world's facts.json."""
+    if not facts_path.exists():
+        require(f"data/{facts_path.parent.name}")
+
+    patterns = []
+    for pattern in json.loads(facts_path.read_text())["patterns"]:
+        regex = re.compile(pattern["regex"])
+        patterns.append(StoryPattern(pattern["stage"], regex, pattern["end"]))
+    return patterns
+
+
+# ------------------------------------------------------------------------------------------
+# Figures
+
 
 def figure(title, xlabel="", ylabel="", rows=1, columns=1, height=4.5):
-    """(fig, ax) 800 px wide; with rows or columns, ax is the array of plt.subplots. height in inches, of all."""
+    """(fig, ax), 800 pixels wide and `height` inches high.
+
+    With several rows or columns, ax is the array that plt.subplots returns.
+    """
+    # Not pyplot: it needs a window system, and it keeps every figure until it is closed.
     import matplotlib
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global list to close
-    look = {"axes.grid": True, "grid.alpha": 0.2, "axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-    matplotlib.rcParams.update({**look, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)})
+    from matplotlib.figure import Figure
+
+    style = {
+        "axes.grid": True,
+        "grid.alpha": 0.2,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+        "font.size": 11,
+    }
+    matplotlib.rcParams.update(style)
+
     fig = Figure(figsize=(8, height), dpi=100, layout="constrained")
     fig.suptitle(title)
-    return fig, fig.subplots(rows, columns, subplot_kw={"xlabel": xlabel, "ylabel": ylabel})
+    ax = fig.subplots(rows, columns, subplot_kw={"xlabel": xlabel, "ylabel": ylabel})
+    return fig, ax
+
 
 def save_figure(fig, path):
+    """Write a PNG file. It carries the figure's title for generate_screenshots.py."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", metadata={"Title": fig.get_suptitle()})  # generate_screenshots.py reads it
+    fig.savefig(buffer, format="png", metadata={"Title": fig.get_suptitle()})
     write_atomic(path, buffer.getvalue())
     print(f"wrote {path}", flush=True)
 
+
 def plot_log(out, *panels, name="log"):
-    """OUT/log.jsonl -> OUT/log.png, a panel per key; a tuple shares one: plot_log(out, ("loss", "val_loss"), "lr")."""
-    records = [json.loads(line) for line in (Path(out) / f"{name}.jsonl").read_text().splitlines()]
+    """Draw OUT/NAME.jsonl as OUT/NAME.png, one panel per key.
+
+    A tuple of keys shares a panel: plot_log(out, ("loss", "val_loss"), "lr").
+    """
+    lines = (Path(out) / f"{name}.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+
     fig, axes = figure(name, "step", rows=len(panels), height=1 + 2.5 * len(panels))
-    for ax, keys in zip(np.ravel(axes), panels):
-        for key in (keys,) if isinstance(keys, str) else keys:
-            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            ax.plot([x for x, _ in points], [y for _, y in points], marker="." if len(points) < 40 else "", label=key)
+    for ax, panel in zip(np.ravel(axes), panels):
+        keys = (panel,) if isinstance(panel, str) else panel
+        for key in keys:
+            # Not every step has every key: an evaluation comes once in a while.
+            with_key = [record for record in records if record.get(key) is not None]
+            steps = [record["step"] for record in with_key]
+            values = [record[key] for record in with_key]
+            marker = "." if len(values) < 40 else ""
+            ax.plot(steps, values, marker=marker, label=key)
         ax.legend()
     save_figure(fig, Path(out) / f"{name}.png")

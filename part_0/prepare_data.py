@@ -1,72 +1,114 @@
 """
-Part 0 - a world whose truth is known: stories, instructions and preferences for every later part.
+Part 0: a world whose truth is known. It gives every later part its stories, its instructions and
+its preferences.
 
     python part_0/prepare_data.py                       # writes data/stories/ in seconds
-    python part_0/prepare_data.py --seed=1 --out=other  # another world of the same kind, somewhere else
+    python part_0/prepare_data.py --seed=1 --out=other  # another world of the same kind
 
-A story is drawn, never written by hand: who, where and what, then five stages with one of their sentences each. Every
-draw has a known probability and no two ways give the same text, so -log p(text) is a sum over the draws. Its mean over
-val.txt is the entropy of the source in nats per byte: the loss that no model can beat.
+A story is drawn at random: first who, where and what, then one sentence for each of five stages.
+The probability of every draw is known, and different draws never give the same text. So -log p of
+a text is a sum over its draws. The mean of this sum per byte of val.txt is the entropy of the
+source in nats per byte, which is the loss that no model can beat.
 
-    train.txt, val.txt                           stories; about 60 % open with a brief that the story obeys
-    instructions.jsonl, instructions_val.jsonl   briefs and small skills; the training stories are of mixed quality
-    preferences.jsonl, preferences_val.jsonl     two answers to a brief, labelled by a noisy judge
-    taxonomy.tsv                                 child, parent
-    facts.json                                   patterns, vocabulary, true entropy, Bayes accuracy; written last
+    train.txt, val.txt                          stories; most begin with a brief that they obey
+    instructions.jsonl, instructions_val.jsonl  briefs and small skills, each with an answer;
+                                                many of the stories for training have faults
+    preferences.jsonl, preferences_val.jsonl    two answers to a brief, labelled by a noisy judge
+    taxonomy.tsv                                child, parent
+    facts.json                                  patterns, vocabulary, true entropy, Bayes accuracy
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hashlib
 import json
-import re
 import tempfile
 from dataclasses import dataclass
 from itertools import permutations
 from math import exp, log
 from random import Random
 from time import time
+from typing import NamedTuple
 
-from shared import ROOT, cli, judge
+from shared import ROOT, judge, parse_args
+
 
 @dataclass
 class Config:
-    out: str = ""         # folder to write (default: data/stories)
-    seed: int = 0         # another seed, another sample of the same world
-    tau: float = 0.5      # temperature of the preference judge, in checks: small is sharp, large is noisy
-    wrong: float = 0.25   # probability that a demonstration gets a required slot wrong, for each of them
-    scale: float = 1.0    # multiplies the number of records in every file
+    # output folder; empty: data/stories, with the changed options added to the name
+    out: str = ""
+
+    seed: int = 0  # seed of all random numbers
+    tau: float = 0.5  # temperature of the preference judge, in checks; a large one means more noise
+
+    # probability that a demonstration gets a thing wrong that the brief asks for, for each thing
+    wrong: float = 0.25
+
+    scale: float = 1.0  # factor on the number of records in every file
 
     def __post_init__(self):
         assert self.tau > 0, f"tau must be positive, got {self.tau}"
-        assert 0 <= self.wrong <= 1, f"wrong is a probability, got {self.wrong}"
-        assert 0 < self.scale <= 100, f"scale must be in (0, 100], got {self.scale}"
+        assert 0 <= self.wrong <= 1, f"wrong must be a probability, got {self.wrong}"
+        assert 0 < self.scale <= 100, f"scale must be above 0 and at most 100, got {self.scale}"
 
-# the vocabulary: every noun begins with a consonant, so "a" is always right ------------------------------------------
 
+# --------------------------------------------------------------------------------------------------
+# The vocabulary
+
+# Every noun begins with a consonant, so that the article "a" is always right.
 TREE = {
-    "animal": {"pet": "cat dog rabbit hamster", "livestock": "cow horse sheep pig", "wildlife": "fox bear wolf deer"},
-    "object": {"toy": "ball kite doll drum", "clothing": "hat coat shoe scarf", "food": "cake pear plum bun",
-               "tool": "spoon hammer rope bucket"},
-    "place": {"landscape": "lake river forest hill beach park garden", "building": "farm market school castle bridge"},
-    "city": {"europe": "Paris Rome London Berlin", "asia": "Tokyo Delhi Seoul Hanoi",
-             "africa": "Cairo Tunis Lagos Dakar"},
-    "person": {"child": "boy girl", "adult": "farmer king teacher baker"},
+    "animal": {
+        "pet": "cat dog rabbit hamster",
+        "livestock": "cow horse sheep pig",
+        "wildlife": "fox bear wolf deer",
+    },
+    "object": {
+        "toy": "ball kite doll drum",
+        "clothing": "hat coat shoe scarf",
+        "food": "cake pear plum bun",
+        "tool": "spoon hammer rope bucket",
+    },
+    "place": {
+        "landscape": "lake river forest hill beach park garden",
+        "building": "farm market school castle bridge",
+    },
+    "city": {
+        "europe": "Paris Rome London Berlin",
+        "asia": "Tokyo Delhi Seoul Hanoi",
+        "africa": "Cairo Tunis Lagos Dakar",
+    },
+    "person": {
+        "child": "boy girl",
+        "adult": "farmer king teacher baker",
+    },
 }
 LEAVES = {kind: " ".join(groups.values()).split() for kind, groups in TREE.items()}
-NOUNS = [leaf for leaves in LEAVES.values() for leaf in leaves if leaf.islower()]
+NOUNS = [leaf for leaves in LEAVES.values() for leaf in leaves if leaf.islower()]  # no cities
+
+HEROES = (
+    "Tom Anna Ben Lucy Max Mia Sam Lily Tim Emma Jack Rosa Leo Nina Bob Ella Finn Kate Otto Zoe"
+)
+
+# The slots of a story. The value of each slot is drawn uniformly.
 SLOTS = {
-    "hero": "Tom Anna Ben Lucy Max Mia Sam Lily Tim Emma Jack Rosa Leo Nina Bob Ella Finn Kate Otto Zoe".split(),
+    "hero": HEROES.split(),
     "animal": LEAVES["animal"],
     "place": LEAVES["city"],
     "colour": "red blue green yellow white black brown pink".split(),
     "thing": LEAVES["object"],
     "ends": ["happy", "sad"],
 }
-VOCABULARY = {**SLOTS, "helper": LEAVES["person"]}
-SLOT_NATS = sum(log(len(values)) for values in SLOTS.values())  # each is drawn uniformly
+SLOT_NATS = sum(log(len(values)) for values in SLOTS.values())  # -log p of one draw of all slots
 
-# the grammar: (probability, sentence); a story is one sentence of each stage -----------------------------------------
+# A story has a helper only if one of its sentences mentions one, so the helper is drawn later.
+VOCABULARY = {**SLOTS, "helper": LEAVES["person"]}
+
+
+# --------------------------------------------------------------------------------------------------
+# The grammar. A story has one sentence from each of five stages. An option is (probability, text).
 
 OPENING = [
     (1 / 3, "One day, a {animal} named {hero} was in {place}."),
@@ -84,13 +126,31 @@ EVENT = [
     (0.2, "But one {helper} took the {colour} {thing}."),
     (0.1, "Later the {colour} {thing} was lost."),
 ]
+
+# What the hero does next depends on what happened: NEXT[i] follows EVENT[i].
 CRY = "{hero} sat down and cried."
 ASK = "So {hero} asked one {helper} for help."
-NEXT = [  # NEXT[i] follows EVENT[i]: what the hero does depends on what happened
-    [(0.6, "So {hero} ran after it."), (0.3, CRY), (0.1, ASK)],
-    [(0.5, "So {hero} jumped after it."), (0.2, CRY), (0.3, ASK)],
-    [(0.2, "So {hero} ran after that {helper}."), (0.2, CRY), (0.6, "So {hero} asked that {helper} to give it back.")],
-    [(0.7, "So {hero} looked for it all day."), (0.1, CRY), (0.2, ASK)],
+NEXT = [
+    [
+        (0.6, "So {hero} ran after it."),
+        (0.3, CRY),
+        (0.1, ASK),
+    ],
+    [
+        (0.5, "So {hero} jumped after it."),
+        (0.2, CRY),
+        (0.3, ASK),
+    ],
+    [
+        (0.2, "So {hero} ran after that {helper}."),
+        (0.2, CRY),
+        (0.6, "So {hero} asked that {helper} to give it back."),
+    ],
+    [
+        (0.7, "So {hero} looked for it all day."),
+        (0.1, CRY),
+        (0.2, ASK),
+    ],
 ]
 ENDING = {
     "happy": [
@@ -104,265 +164,648 @@ ENDING = {
         (1 / 3, "At last {hero} went home sad without the {colour} {thing}."),
     ],
 }
-BRIEFS = [  # BRIEFS[level - 1]
+
+# A brief asks for a story. BRIEFS[level - 1] is the brief of a level, from 1 to 3. A brief of a
+# higher level asks for more: level n asks for the first n + 1 parts of MUST, and for an ending.
+BRIEFS = [
     (0.15, "Write a story about a {animal} named {hero}."),
     (0.25, "Write a story about a {animal} named {hero} and the {colour} {thing}."),
     (0.60, "Write a story about a {animal} named {hero} and the {colour} {thing} in {place}."),
 ]
+MUST = {"animal": "{animal}", "hero": "{hero}", "thing": "{colour} {thing}", "place": "{place}"}
 END_IT = {"happy": " End it happily.", "sad": " End it sadly."}
-MUST = {"animal": "{animal}", "hero": "{hero}", "thing": "{colour} {thing}", "place": "{place}"}  # level n: first n + 1
-P_BRIEF = 0.8  # of the documents of train.txt
+P_BRIEF = 0.8  # share of the stories in train.txt and val.txt that begin with a brief
+
+
+class Pick(NamedTuple):
+    """One option that was drawn from a list of (probability, text)."""
+
+    index: int
+    text: str
+    nats: float  # -log of its probability
+
 
 def pick(rng, options):
-    """One of [(probability, option), ...] -> (its index, -log of its probability in nats)."""
+    """Draw one of [(probability, text), ...] -> Pick."""
     u = rng.random()
-    for i, (p, _) in enumerate(options):
-        u -= p
+    for index, (probability, text) in enumerate(options):
+        u -= probability
         if u < 0:
             break
-    return i, -log(p)
+
+    # If rounding kept u above 0 to the end, the last option is the one that was drawn.
+    return Pick(index, text, -log(probability))
+
 
 def draw_slots(rng):
-    return {slot: values[int(len(values) * rng.random())] for slot, values in SLOTS.items()}  # rng.choice is slow
+    """A value for every slot: {"hero": "Mia", ...}."""
+    slots = {}
+    for slot, values in SLOTS.items():
+        slots[slot] = values[int(len(values) * rng.random())]  # rng.choice takes longer
+    return slots
+
 
 def tell(rng, slots):
-    """A story of these slots -> (its five sentences, -log p of the draws in nats, those of the slots included)."""
+    """Draw a story with these slots -> (its five sentences, -log p in nats).
+
+    The nats count every draw, also those of the slots.
+    """
+    # The event comes first, because what the hero does next depends on it.
     event = pick(rng, EVENT)
-    stages = [OPENING, FINDING, EVENT, NEXT[event[0]], ENDING[slots["ends"]]]
-    picks = [event if options is EVENT else pick(rng, options) for options in stages]
-    story = [options[i][1] for options, (i, _) in zip(stages, picks)]
-    nats = SLOT_NATS + sum(cost for _, cost in picks)
-    if any("{helper}" in sentence for sentence in story):  # one person, drawn when first mentioned
+    opening = pick(rng, OPENING)
+    finding = pick(rng, FINDING)
+    reaction = pick(rng, NEXT[event.index])
+    ending = pick(rng, ENDING[slots["ends"]])
+
+    stages = [opening, finding, event, reaction, ending]
+    nats = SLOT_NATS + sum(stage.nats for stage in stages)
+
+    # A story has one helper at most, so the event and the reaction speak of the same person.
+    if any("{helper}" in stage.text for stage in stages):
         slots = {**slots, "helper": rng.choice(VOCABULARY["helper"])}
         nats += log(len(VOCABULARY["helper"]))
-    return [sentence.format(**slots) for sentence in story], nats
+
+    return [stage.text.format(**slots) for stage in stages], nats
+
 
 def brief(slots, level):
-    return (BRIEFS[level - 1][1] + END_IT[slots["ends"]]).format(**slots)
+    """The text that asks for a story with these slots."""
+    _, sentence = BRIEFS[level - 1]
+    return (sentence + END_IT[slots["ends"]]).format(**slots)
+
 
 def document(rng):
-    """One entry of train.txt: a story, often below a brief -> (text, -log p(text) in nats)."""
+    """Draw one entry of train.txt, a story that often has a brief above it -> (text, nats).
+
+    The nats are -log p(text).
+    """
     slots = draw_slots(rng)
-    story, nats = tell(rng, slots)
+    sentences, nats = tell(rng, slots)
+    story = " ".join(sentences)
+
     if rng.random() >= P_BRIEF:
-        return " ".join(story), nats - log(1 - P_BRIEF)
-    i, cost = pick(rng, BRIEFS)
-    return brief(slots, i + 1) + "\n" + " ".join(story), nats + cost - log(P_BRIEF)
+        return story, nats - log(1 - P_BRIEF)
+
+    chosen = pick(rng, BRIEFS)
+    text = brief(slots, chosen.index + 1) + "\n" + story
+    return text, nats + chosen.nats - log(P_BRIEF)
+
 
 def patterns():
-    """The grammar as regular expressions, one for each sentence."""
-    rows = [(i, s, None) for i, options in enumerate([OPENING, FINDING, EVENT]) for _, s in options]
-    rows += [(3, s, None) for s in dict.fromkeys(s for options in NEXT for _, s in options)]  # each once, in order
-    rows += [(4, s, end) for end, options in ENDING.items() for _, s in options]
+    """The grammar as regular expressions, one for each sentence: a list of dicts with the stage
+    (0 to 4), the regex, and the ending that the sentence belongs to (or None)."""
     any_of = {slot: f"(?P<{slot}>{'|'.join(values)})" for slot, values in VOCABULARY.items()}
-    return [{"stage": i, "regex": s.replace(".", r"\.").format(**any_of), "end": end} for i, s, end in rows]
+    rows = []
+
+    def add_row(stage, sentence, end=None):
+        regex = sentence.replace(".", r"\.").format(**any_of)
+        rows.append({"stage": stage, "regex": regex, "end": end})
+
+    for stage, options in enumerate([OPENING, FINDING, EVENT]):
+        for _, sentence in options:
+            add_row(stage, sentence)
+
+    # Some sentences may follow several events, but each of them needs only one pattern.
+    reactions = []
+    for options in NEXT:
+        for _, sentence in options:
+            if sentence not in reactions:
+                reactions.append(sentence)
+    for sentence in reactions:
+        add_row(3, sentence)
+
+    for end, options in ENDING.items():
+        for _, sentence in options:
+            add_row(4, sentence, end)
+    return rows
+
+
+def required(level):
+    """The parts of a story that a brief of this level asks for, besides its ending."""
+    return list(MUST)[: level + 1]
+
 
 def story_check(slots, level):
-    must = [words.format(**slots) for words in list(MUST.values())[:level + 1]]
+    """The "check" of a record, which shared.judge reads: what a story for this brief must hold."""
+    must = [MUST[part].format(**slots) for part in required(level)]
     return {"must": must, "ends": slots["ends"], "no_repeat": True, "patterns": "stories"}
 
+
 def held_out(instruction, input=""):
-    """True for the tenth of all compositions that only validation asks for; how a story ends is not part of it."""
+    """Does this composition belong to validation? A hash puts one tenth of them there.
+
+    The ending is not part of the composition, so that a brief is never in training with one ending
+    and in validation with the other.
+    """
     composition = instruction.split(" End it ")[0] + "\n" + input
-    return int(hashlib.sha256(composition.encode()).hexdigest(), 16) % 10 == 0
+    digest = hashlib.sha256(composition.encode()).hexdigest()
+    return int(digest, 16) % 10 == 0
+
+
+def fixed_slots(slots, level):
+    """The slots that a brief of this level fixes: those that it names, and the ending."""
+    _, sentence = BRIEFS[level - 1]
+    fixed = {}
+    for slot, value in slots.items():
+        if slot == "ends" or "{" + slot + "}" in sentence:
+            fixed[slot] = value
+    return fixed
+
 
 def draw_brief(rng, val):
-    """A brief on this side of the split -> (the slots that it fixes, level)."""
+    """Draw a brief on one side of the split -> (the slots that it fixes, its level)."""
     while True:
-        slots, level = draw_slots(rng), pick(rng, BRIEFS)[0] + 1
+        slots = draw_slots(rng)
+        level = pick(rng, BRIEFS).index + 1
         if held_out(brief(slots, level)) == val:
-            return {k: v for k, v in slots.items() if k == "ends" or "{" + k + "}" in BRIEFS[level - 1][1]}, level
+            return fixed_slots(slots, level), level
 
-# instructions: stories of mixed quality, and skills; a skill makes (instruction, input, output) of a level -----------
+
+# --------------------------------------------------------------------------------------------------
+# Instructions, first kind: stories of mixed quality
+
 
 def change(rng, slots, slot):
-    """The same slots with another value in one of them; the thing may change in its colour instead."""
+    """The same slots, but with another value in one of them.
+
+    A "thing" is a colour and an object ("the red ball"). It changes in one of the two.
+    """
     if slot == "thing":
         slot = rng.choice(["colour", "thing"])
-    return {**slots, slot: rng.choice([value for value in SLOTS[slot] if value != slots[slot]])}
+    others = [value for value in SLOTS[slot] if value != slots[slot]]
+    return {**slots, slot: rng.choice(others)}
+
 
 def demonstration(rng, fixed, level, wrong):
-    """A well-formed story that gets each thing the brief asks for wrong with probability `wrong`."""
+    """A well-formed story. It gets each thing that the brief asks for wrong with probability
+    `wrong`, so that alignment has something to improve later."""
     slots = draw_slots(rng) | fixed
-    for slot in [*list(MUST)[:level + 1], "ends"]:
+    for slot in [*required(level), "ends"]:
         if rng.random() < wrong:
             slots = change(rng, slots, slot)
-    return " ".join(tell(rng, slots)[0])
 
-def qa(rng, level):
-    slots = draw_slots(rng)
-    story = tell(rng, slots)[0]
-    question, output = rng.choice([
-        ("Where was {hero}?", "in {place}"),
-        ("What did {hero} find?", "the {colour} {thing}"),
-        ("What animal is {hero}?", "a {animal}"),
-    ])
-    return question.format(**slots), " ".join(story[:level + 1]), output.format(**slots)
+    sentences, _ = tell(rng, slots)
+    return " ".join(sentences)
 
-def listing(words):
-    """Each with its article: a noun after a blank is the same token everywhere, one that begins a line is another."""
-    return ", ".join(f"a {word}" for word in words)
-
-def count(rng, level):
-    words = rng.sample(NOUNS, rng.randint(level, 2 * level + 1))
-    if rng.random() < 0.5:
-        return "How many words are in the list?", listing(words), str(len(words))
-    words = rng.choices(words[:2], k=len(words))
-    word = rng.choice(words)
-    return f"How many times is {word} in the list?", listing(words), str(words.count(word))
-
-def add(rng, level):
-    a = rng.randint(*[(0, 9), (10, 19), (10, 29)][level - 1])
-    b = rng.randint(*[(0, 9), (0, 9), (10, 29)][level - 1])
-    return f"What is {a} plus {b}?", "", str(a + b)
-
-def reverse(rng, level):
-    words = rng.sample(NOUNS, level + 1)
-    return "Reverse the list.", listing(words), listing(words[::-1])
-
-def sort(rng, level):
-    words = rng.sample(NOUNS, level + 1)
-    return "Sort the list.", listing(words), listing(sorted(words))
-
-def spell(rng, level):
-    word = rng.choice([w for w in NOUNS + SLOTS["colour"] + SLOTS["hero"] if min(len(w), 5) == level + 2])  # letters
-    return f"Spell the word {word}.", "", "-".join(word)
-
-def is_a(rng, level):
-    """Level 1 asks for the kind, 2 for the group, 3 for the group with near misses: is a fox a kind of pet?"""
-    kind = rng.choice(list(TREE))
-    group = rng.choice(list(TREE[kind]))
-    others = [list(TREE), [g for groups in TREE.values() for g in groups], list(TREE[kind])][level - 1]
-    truth = kind if level == 1 else group
-    asked = truth if rng.random() < 0.5 else rng.choice([other for other in others if other != truth])
-    return f"Is a {rng.choice(TREE[kind][group].split())} a kind of {asked}?", "", "yes" if asked == truth else "no"
-
-SKILLS = {"qa": qa, "count": count, "sum": add, "reverse": reverse, "sort": sort, "spell": spell, "is_a": is_a}
 
 def story_record(rng, val, wrong):
+    """One brief with its demonstration. Those for validation have no faults."""
     fixed, level = draw_brief(rng, val)
     story = demonstration(rng, fixed, level, 0 if val else wrong)
-    return {"instruction": brief(fixed, level), "input": "", "output": story, "task": "story", "level": level,
-            "check": story_check(fixed, level)}
+    return {
+        "instruction": brief(fixed, level),
+        "input": "",
+        "output": story,
+        "task": "story",
+        "level": level,
+        "check": story_check(fixed, level),
+    }
 
-def skill_record(rng, val):
-    while True:
-        task, level = rng.choice(list(SKILLS)), rng.randint(1, 3)
-        instruction, input, output = SKILLS[task](rng, level)
-        if held_out(instruction, input) == val:
-            return {"instruction": instruction, "input": input, "output": output, "task": task, "level": level,
-                    "check": {"answer": output}}
 
-# preferences: two answers to a brief; two in five are bad in one of these ways ---------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Instructions, second kind: skills. Each function makes one exercise of a level from 1 to 3.
 
-BAD = {  # way: from a right story, its slots and what the brief asked for, to the pieces of a bad answer
-    "wrong slot": lambda rng, story, slots, asked: tell(rng, change(rng, slots, rng.choice(asked)))[0],
-    "wrong ending": lambda rng, story, slots, asked: tell(rng, change(rng, slots, "ends"))[0],
-    "other brief": lambda rng, story, slots, asked:
-        tell(rng, change(rng, draw_slots(rng) | {"hero": slots["hero"]}, "hero"))[0],
-    "changes midway": lambda rng, story, slots, asked:
-        story[:2] + tell(rng, change(rng, slots, rng.choice(["hero", "thing"])))[0][2:],
-    "rambling": lambda rng, story, slots, asked: story + tell(rng, draw_slots(rng))[0][-rng.randint(1, 2):],
-    "repeated": lambda rng, story, slots, asked:
-        sorted(story + [rng.choice(story)] * rng.randint(1, 3), key=story.index),
-    "words missing": lambda rng, story, slots, asked: [w for w in " ".join(story).split() if rng.random() < 0.95],
-    "wrong order": lambda rng, story, slots, asked: rng.choice(list(permutations(story))[1:]),
-    "salad": lambda rng, story, slots, asked:
-        [" ".join(rng.sample(words, len(words))) + "." for words in (sentence[:-1].split() for sentence in story)],
-    "cut short": lambda rng, story, slots, asked: " ".join(story).split()[:rng.randint(1, 30)],
-    "empty": lambda rng, story, slots, asked: [],
+
+class Exercise(NamedTuple):
+    instruction: str
+    input: str
+    output: str
+
+
+def qa(rng, level):
+    """A question about a story. At a higher level more of the story stands around the answer."""
+    slots = draw_slots(rng)
+    sentences, _ = tell(rng, slots)
+
+    question, output = rng.choice(
+        [
+            ("Where was {hero}?", "in {place}"),
+            ("What did {hero} find?", "the {colour} {thing}"),
+            ("What animal is {hero}?", "a {animal}"),
+        ]
+    )
+    story = " ".join(sentences[: level + 1])
+    return Exercise(question.format(**slots), story, output.format(**slots))
+
+
+def listing(words):
+    """Words as a list: "a ball, a kite".
+
+    Each word follows an article and a space. Without the article, the first word of a line would
+    be another token than the same word further on.
+    """
+    return ", ".join(f"a {word}" for word in words)
+
+
+def count(rng, level):
+    """How many words are in a list, or how often one word is in it."""
+    words = rng.sample(NOUNS, rng.randint(level, 2 * level + 1))
+    if rng.random() < 0.5:
+        return Exercise("How many words are in the list?", listing(words), str(len(words)))
+
+    words = rng.choices(words[:2], k=len(words))
+    word = rng.choice(words)
+    question = f"How many times is {word} in the list?"
+    return Exercise(question, listing(words), str(words.count(word)))
+
+
+def add(rng, level):
+    """The sum of two numbers."""
+    first_range = {1: (0, 9), 2: (10, 19), 3: (10, 29)}
+    second_range = {1: (0, 9), 2: (0, 9), 3: (10, 29)}
+    a = rng.randint(*first_range[level])
+    b = rng.randint(*second_range[level])
+    return Exercise(f"What is {a} plus {b}?", "", str(a + b))
+
+
+def reverse(rng, level):
+    """A list of level + 1 words, backwards."""
+    words = rng.sample(NOUNS, level + 1)
+    return Exercise("Reverse the list.", listing(words), listing(words[::-1]))
+
+
+def sort(rng, level):
+    """A list of level + 1 words in the order of the alphabet."""
+    words = rng.sample(NOUNS, level + 1)
+    return Exercise("Sort the list.", listing(words), listing(sorted(words)))
+
+
+def spell(rng, level):
+    """The letters of a word. It has three letters at level 1, four at level 2, else more."""
+    words = NOUNS + SLOTS["colour"] + SLOTS["hero"]
+    word = rng.choice([word for word in words if min(len(word), 5) == level + 2])
+    return Exercise(f"Spell the word {word}.", "", "-".join(word))
+
+
+def is_a(rng, level):
+    """A question about the taxonomy. Level 1 asks about kinds (is a fox a kind of animal?), level 2
+    about groups, and level 3 about groups of the same kind (is a fox a kind of pet?)."""
+    kind = rng.choice(list(TREE))
+    group = rng.choice(list(TREE[kind]))
+
+    if level == 1:
+        truth = kind
+        candidates = list(TREE)
+    elif level == 2:
+        truth = group
+        candidates = [group for groups in TREE.values() for group in groups]
+    else:
+        truth = group
+        candidates = list(TREE[kind])
+
+    # Half of the answers are "yes".
+    asked = truth
+    if rng.random() >= 0.5:
+        asked = rng.choice([name for name in candidates if name != truth])
+
+    word = rng.choice(TREE[kind][group].split())
+    answer = "yes" if asked == truth else "no"
+    return Exercise(f"Is a {word} a kind of {asked}?", "", answer)
+
+
+SKILLS = {
+    "qa": qa,
+    "count": count,
+    "sum": add,
+    "reverse": reverse,
+    "sort": sort,
+    "spell": spell,
+    "is_a": is_a,
 }
 
+
+def skill_record(rng, val):
+    """One exercise on one side of the split."""
+    while True:
+        task = rng.choice(list(SKILLS))
+        level = rng.randint(1, 3)
+        exercise = SKILLS[task](rng, level)
+        if held_out(exercise.instruction, exercise.input) == val:
+            break
+
+    return {
+        "instruction": exercise.instruction,
+        "input": exercise.input,
+        "output": exercise.output,
+        "task": task,
+        "level": level,
+        "check": {"answer": exercise.output},
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Bad answers to a brief. Each function spoils a right story in one way. It gets the sentences of
+# the story, its slots and the parts that the brief asks for, and returns the pieces of the answer.
+
+
+def wrong_slot(rng, story, slots, asked):
+    """Another story, in which one thing differs from the brief."""
+    sentences, _ = tell(rng, change(rng, slots, rng.choice(asked)))
+    return sentences
+
+
+def wrong_ending(rng, story, slots, asked):
+    """Another story, which ends sadly instead of happily, or the other way round."""
+    sentences, _ = tell(rng, change(rng, slots, "ends"))
+    return sentences
+
+
+def other_brief(rng, story, slots, asked):
+    """A story for some other brief, with another hero."""
+    other = draw_slots(rng) | {"hero": slots["hero"]}
+    sentences, _ = tell(rng, change(rng, other, "hero"))
+    return sentences
+
+
+def changes_midway(rng, story, slots, asked):
+    """After two sentences the hero or the thing is suddenly another one."""
+    other = change(rng, slots, rng.choice(["hero", "thing"]))
+    sentences, _ = tell(rng, other)
+    return story[:2] + sentences[2:]
+
+
+def rambling(rng, story, slots, asked):
+    """After its ending the story goes on with the end of another story."""
+    sentences, _ = tell(rng, draw_slots(rng))
+    return story + sentences[-rng.randint(1, 2) :]
+
+
+def repeated(rng, story, slots, asked):
+    """One sentence stands there up to four times in a row."""
+    sentence = rng.choice(story)
+    copies = [sentence] * rng.randint(1, 3)
+    return sorted(story + copies, key=story.index)
+
+
+def words_missing(rng, story, slots, asked):
+    """Every word is left out with probability 0.05."""
+    words = " ".join(story).split()
+    return [word for word in words if rng.random() < 0.95]
+
+
+def wrong_order(rng, story, slots, asked):
+    """The right sentences in a wrong order."""
+    orders = list(permutations(story))
+    return rng.choice(orders[1:])  # the first one is the right order
+
+
+def salad(rng, story, slots, asked):
+    """The words of every sentence in a random order."""
+    sentences = []
+    for sentence in story:
+        words = sentence.removesuffix(".").split()
+        sentences.append(" ".join(rng.sample(words, len(words))) + ".")
+    return sentences
+
+
+def cut_short(rng, story, slots, asked):
+    """The first 1 to 30 words."""
+    words = " ".join(story).split()
+    return words[: rng.randint(1, 30)]
+
+
+def empty(rng, story, slots, asked):
+    """No answer at all."""
+    return []
+
+
+BAD = {
+    "wrong slot": wrong_slot,
+    "wrong ending": wrong_ending,
+    "other brief": other_brief,
+    "changes midway": changes_midway,
+    "rambling": rambling,
+    "repeated": repeated,
+    "words missing": words_missing,
+    "wrong order": wrong_order,
+    "salad": salad,
+    "cut short": cut_short,
+    "empty": empty,
+}
+BAD_WEIGHTS = [0.2 if way == "empty" else 1 for way in BAD]  # an empty answer is rare
+
+
 def bad_answer(rng, fixed, level, way):
+    """An answer to a brief that is bad in one of the ways in BAD."""
     slots = draw_slots(rng) | fixed
-    return " ".join(BAD[way](rng, tell(rng, slots)[0], slots, list(MUST)[:level + 1]))
+    story, _ = tell(rng, slots)
+    pieces = BAD[way](rng, story, slots, required(level))
+    return " ".join(pieces)
+
+
+# --------------------------------------------------------------------------------------------------
+# Preferences: two answers to a brief, and which of them a noisy judge prefers
+
 
 def answer(rng, fixed, level, wrong):
+    """Three answers in five are demonstrations. The others are bad in a random way."""
     if rng.random() < 0.6:
         return demonstration(rng, fixed, level, wrong)
-    way = rng.choices(list(BAD), [0.2 if way == "empty" else 1 for way in BAD])[0]  # an empty answer is rare
+
+    way = rng.choices(list(BAD), BAD_WEIGHTS)[0]
     return bad_answer(rng, fixed, level, way)
 
+
+def checks_held(check, text):
+    """The true reward r* of an answer: the number of its checks that hold."""
+    verdict = judge({"check": check}, text)
+    return sum(verdict.checks.values())
+
+
 def preference(rng, val, wrong, tau, world):
-    """Two answers, r* of each = checks held by the patterns in `world`; P(a chosen) = sigmoid((r*_a - r*_b) / tau)."""
+    """Two answers to one brief with a noisy label (Bradley and Terry 1952).
+
+    The judge prefers answer a with probability sigmoid((r*_a - r*_b) / tau), where r* is the number
+    of checks that hold. `world` is the folder whose patterns are used for the checks.
+    """
     fixed, level = draw_brief(rng, val)
     check = story_check(fixed, level)
+    check_here = {**check, "patterns": world}
+
+    # A pair of equally good answers would teach nothing, so it is drawn again.
     gap = 0
     while gap == 0:
-        a, b = answer(rng, fixed, level, wrong), answer(rng, fixed, level, wrong)
-        r_a, r_b = (sum(judge({"check": check | {"patterns": world}}, text)[0].values()) for text in (a, b))
-        gap = r_a - r_b
-    p = 1 / (1 + exp(-gap / tau))
-    if rng.random() >= p:
-        a, b, gap, p = b, a, -gap, 1 - p
-    return {"prompt": brief(fixed, level), "chosen": a, "rejected": b, "gap": gap, "label_p": p, "check": check}
+        a = answer(rng, fixed, level, wrong)
+        b = answer(rng, fixed, level, wrong)
+        gap = checks_held(check_here, a) - checks_held(check_here, b)
 
-# files; each has a random generator of its own, so that the size of one does not change another ----------------------
+    # exp() would overflow if tau were tiny, hence the limit.
+    label_p = 1 / (1 + exp(min(-gap / tau, 700)))
+    chosen, rejected = a, b
+    if rng.random() >= label_p:  # the judge prefers b
+        chosen, rejected = b, a
+        gap = -gap
+        label_p = 1 - label_p
 
-def write(path, lines, end="\n"):
-    path.write_text("".join(line + end for line in lines), encoding="utf-8", newline="\n")
+    return {
+        "prompt": brief(fixed, level),
+        "chosen": chosen,
+        "rejected": rejected,
+        "gap": gap,
+        "label_p": label_p,
+        "check": check,
+    }
 
-def write_stories(cfg, path, n):
-    """Returns the entropy in nats per byte: documents are independent, and the blank line between two is certain."""
-    rng = Random(f"{cfg.seed} {path.name}")
-    documents = [document(rng) for _ in range(n)]
+
+# --------------------------------------------------------------------------------------------------
+# Files. Each has its own random generator, so that the size of one does not change another.
+
+
+def generator(cfg, path):
+    return Random(f"{cfg.seed} {path.name}")
+
+
+def is_validation(path):
+    return path.stem.endswith("_val")
+
+
+def write_text(path, text):
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_lines(path, lines):
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def write_stories(cfg, path, number):
+    """Write stories with a blank line between them. Returns the entropy in nats per byte.
+
+    The stories are independent of each other, and the blank lines are certain. So the nats of the
+    whole file are the sum of the nats of its stories.
+    """
+    rng = generator(cfg, path)
+    documents = [document(rng) for _ in range(number)]
     text = "\n\n".join(text for text, _ in documents)
-    write(path, [text], end="")
+    write_text(path, text)
     return sum(nats for _, nats in documents) / len(text.encode())
 
+
 def write_instructions(cfg, path, stories, skills):
-    rng, val = Random(f"{cfg.seed} {path.name}"), "val" in path.name
+    """Write this many stories and this many exercises, shuffled."""
+    rng = generator(cfg, path)
+    val = is_validation(path)
     records = [story_record(rng, val, cfg.wrong) for _ in range(stories)]
     records += [skill_record(rng, val) for _ in range(skills)]
     rng.shuffle(records)
-    write(path, [json.dumps(record) for record in records])
+    write_lines(path, [json.dumps(record) for record in records])
 
-def write_preferences(cfg, path, n):
-    """Returns the Bayes accuracy: how often a judge who knows r* would agree with the noisy labels."""
-    rng = Random(f"{cfg.seed} {path.name}")
-    pairs = [preference(rng, "val" in path.name, cfg.wrong, cfg.tau, str(path.parent)) for _ in range(n)]
-    write(path, [json.dumps(pair) for pair in pairs])
-    return sum(max(pair["label_p"], 1 - pair["label_p"]) for pair in pairs) / n
+
+def write_preferences(cfg, path, number):
+    """Write pairs of answers. Returns the Bayes accuracy, which no reward model can beat.
+
+    A judge who knows r* always names the better answer. The Bayes accuracy is how often the noisy
+    labels are expected to agree.
+    """
+    rng = generator(cfg, path)
+    val = is_validation(path)
+    world = str(path.parent)
+    pairs = [preference(rng, val, cfg.wrong, cfg.tau, world) for _ in range(number)]
+    write_lines(path, [json.dumps(pair) for pair in pairs])
+    return sum(max(pair["label_p"], 1 - pair["label_p"]) for pair in pairs) / number
+
+
+def taxonomy():
+    """The edges of the tree, from the top down: [(child, parent)]."""
+    edges = [(kind, "thing") for kind in TREE]
+    for kind, groups in TREE.items():
+        edges += [(group, kind) for group in groups]
+    for groups in TREE.values():
+        for group, leaves in groups.items():
+            edges += [(leaf, group) for leaf in leaves.split()]
+    return edges
+
+
+def event_facts():
+    """What can happen, and what the hero does next with which probability."""
+    events = []
+    for (probability, sentence), reactions in zip(EVENT, NEXT):
+        next_p = {reaction: p for p, reaction in reactions}
+        events.append({"p": probability, "sentence": sentence, "next": next_p})
+    return events
+
 
 def write_world(cfg, folder):
-    """Every file of the world into `folder`, facts.json last; returns the facts."""
-    counts = {"train": 14_000, "val": 700, "preferences": 12_000, "preferences_val": 1000}
-    counts |= {"stories": 6000, "skills": 6000, "stories_val": 1000, "skills_val": 600}
-    counts = {name: max(1, round(n * cfg.scale)) for name, n in counts.items()}
+    """Write every file of the world into `folder`, facts.json last. Returns the facts."""
+    counts = {
+        "train": 14_000,
+        "val": 700,
+        "preferences": 12_000,
+        "preferences_val": 1000,
+        "stories": 6000,
+        "skills": 6000,
+        "stories_val": 1000,
+        "skills_val": 600,
+    }
+    counts = {name: max(1, round(number * cfg.scale)) for name, number in counts.items()}
+
     facts = {
-        "changed": cfg.changed,  # shared.require refuses a world that was made with other settings
-        "seed": cfg.seed, "tau": cfg.tau, "wrong": cfg.wrong, "p_brief": P_BRIEF, "briefs": BRIEFS, "counts": counts,
-        "events": [{"p": p, "sentence": s, "next": dict(map(reversed, after))} for (p, s), after in zip(EVENT, NEXT)],
+        "changed": cfg.changed,  # shared.require refuses a world that has other settings
+        "seed": cfg.seed,
+        "tau": cfg.tau,
+        "wrong": cfg.wrong,
+        "p_brief": P_BRIEF,
+        "briefs": BRIEFS,
+        "counts": counts,
+        "events": event_facts(),
         "vocabulary": VOCABULARY,
         "patterns": patterns(),
     }
-    write(folder / "facts.json", [json.dumps(facts)])  # the judge of the preferences reads the patterns
+
+    # The judge of the preferences already needs the patterns.
+    write_text(folder / "facts.json", json.dumps(facts))
+
     write_stories(cfg, folder / "train.txt", counts["train"])
     entropy = write_stories(cfg, folder / "val.txt", counts["val"])
-    write_instructions(cfg, folder / "instructions.jsonl", counts["stories"], counts["skills"])
-    write_instructions(cfg, folder / "instructions_val.jsonl", counts["stories_val"], counts["skills_val"])
+
+    path = folder / "instructions.jsonl"
+    write_instructions(cfg, path, counts["stories"], counts["skills"])
+    path = folder / "instructions_val.jsonl"
+    write_instructions(cfg, path, counts["stories_val"], counts["skills_val"])
+
     write_preferences(cfg, folder / "preferences.jsonl", counts["preferences"])
-    bayes = write_preferences(cfg, folder / "preferences_val.jsonl", counts["preferences_val"])
-    edges = [(kind, "thing") for kind in TREE] + [(group, kind) for kind in TREE for group in TREE[kind]]
-    edges += [(leaf, group) for groups in TREE.values() for group, leaves in groups.items() for leaf in leaves.split()]
-    write(folder / "taxonomy.tsv", [f"{child}\t{parent}" for child, parent in edges])
-    facts |= {"true_nats_per_byte": entropy, "bayes_accuracy": bayes}  # of val.txt, of preferences_val.jsonl
-    write(folder / "facts.json", [json.dumps(facts, indent=1)])
+    path = folder / "preferences_val.jsonl"
+    bayes_accuracy = write_preferences(cfg, path, counts["preferences_val"])
+
+    write_lines(folder / "taxonomy.tsv", [f"{child}\t{parent}" for child, parent in taxonomy()])
+
+    facts["true_nats_per_byte"] = entropy  # of val.txt
+    facts["bayes_accuracy"] = bayes_accuracy  # of preferences_val.jsonl
+    write_text(folder / "facts.json", json.dumps(facts, indent=1) + "\n")
     return facts
 
+
+def replace_world(folder, out):
+    """Move a finished world into `out`.
+
+    Other scripts take a world as complete when its facts.json is there. So the old facts.json goes
+    first and the new one comes last, and nobody reads half of a world.
+    """
+    out_facts = out / "facts.json"
+    out_facts.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name != "facts.json":
+            path.replace(out / path.name)
+    (folder / "facts.json").replace(out_facts)
+
+
 if __name__ == "__main__":
-    cfg = cli(Config())
+    cfg = parse_args(Config)
     start = time()
-    name = ",".join(["stories"] + [f"{key}={value}" for key, value in cfg.changed.items()])
-    out = Path(cfg.out).expanduser().resolve() if cfg.out else ROOT / "data" / name
+
+    # A world with other settings goes to a folder of its own.
+    if cfg.out:
+        out = Path(cfg.out).expanduser().resolve()
+    else:
+        settings = [f"{key}={value}" for key, value in cfg.changed.items()]
+        out = ROOT / "data" / ",".join(["stories", *settings])
     out.mkdir(parents=True, exist_ok=True)
 
-    # a world is there when its facts.json is: it goes first and comes last, so nobody reads half of a world
+    # An interrupted run must not leave a broken world, so all files are first written elsewhere.
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         facts = write_world(cfg, Path(folder))
-        (out / "facts.json").unlink(missing_ok=True)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "facts.json"):
-            path.replace(out / path.name)
+        replace_world(Path(folder), out)
 
-    print(f"{out}: {facts['counts']['train']} stories and the rest in {time() - start:.1f} s")
-    print(f"true entropy {facts['true_nats_per_byte']:.4f} nats per byte, Bayes accuracy {facts['bayes_accuracy']:.4f}")
+    stories = facts["counts"]["train"]
+    entropy = facts["true_nats_per_byte"]
+    print(f"{out}: {stories} stories and the other files in {time() - start:.1f} s")
+    print(f"true entropy {entropy:.4f} nats per byte, Bayes accuracy {facts['bayes_accuracy']:.4f}")

@@ -1,14 +1,19 @@
 """
-Part 1 - the MLP of a block: what GELU and widening are good for, on a task that a matrix cannot do.
+Part 1, MLP: what are GELU and the wide hidden layer good for?
 
     python part_1/demo_mlp.py
     python part_1/demo_mlp.py --seeds=3
 
-The task is to multiply: channel i of the input times channel order[i]. A matrix cannot, and two without anything
-between them are one matrix. But gelu(z) + gelu(-z) is about z^2 near 0 (Hendrycks & Gimpel 2016), and
-ab = ((a + b)^2 - (a - b)^2) / 4, so one product takes four hidden channels: C of them fit into an MLP that is 4C wide.
+MLPs of several widths learn to multiply: output i is channel i of the input times another channel.
+A matrix cannot do this, and two matrices with nothing between them are one matrix. With GELU
+(Hendrycks & Gimpel 2016) they can: gelu(z) + gelu(-z) is about 0.8 z^2 near 0, and
+ab = ((a + b)^2 - (a - b)^2) / 4. So one product takes four hidden channels, and C products fit into
+an MLP that is 4C wide.
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataclasses import dataclass
@@ -18,78 +23,157 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from shared import Log, cli, figure, save_figure, save_metrics, setup
+from shared import (
+    Log,
+    fail,
+    figure,
+    output_folder,
+    parse_args,
+    pick_device,
+    save_figure,
+    save_metrics,
+)
+
+# What stands between the two matrices.
+ACTIVATIONS = {"GELU": nn.GELU, "ReLU": nn.ReLU, "nothing": nn.Identity}
+
 
 @dataclass
 class Config:
-    n_embd: int = 16  # C, channels
-    widths: str = "0.5,1,2,4,8"  # of the hidden layer, in multiples of C
-    steps: int = 400  # of Adam for each MLP
+    n_embd: int = 16  # C, channels of the input and the output
+    widths: str = "0.5,1,2,4,8"  # widths of the hidden layer in multiples of C, with commas
+    steps: int = 400  # optimizer steps of each MLP
     batch_size: int = 256  # new random inputs per step
-    lr: float = 1e-2  # Adam's, falling to 0
-    seeds: int = 1  # how many seeds; the README quotes 3
-    threads: int = 1  # CPU threads; matrices as small as these gain nothing from more
-    seed: int = 0
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    lr: float = 1e-2  # learning rate of Adam, which falls to 0
+    seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
+    threads: int = 1  # CPU threads; more are no faster with matrices as small as these
+    seed: int = 0  # seed of all random numbers
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
 
-ACTS = {"GELU": nn.GELU, "ReLU": nn.ReLU, "nothing": nn.Identity}
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seeds", "threads"):
+            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        assert self.n_embd > 1, f"n_embd={self.n_embd} must be at least 2"
 
-def products(x, order):
-    """(B, C) -> (B, C): every channel times the one that `order` pairs it with."""
-    return x * x[:, order]
 
-def fit(width, act, cfg, seed, device):
-    """Train C -> width -> C on products -> its error in the last tenth, as a share of the targets' variance."""
+def parse_widths(text):
+    """ "4,0.5" -> [0.5, 4.0]"""
+    widths = set()
+    for word in text.split(","):
+        digits = word.strip().replace(".", "", 1)
+        if not digits.isdecimal() or float(word) == 0:
+            fail(f"--widths={text} must be numbers above 0 with commas between them")
+        widths.add(float(word))
+    return sorted(widths)
+
+
+def products(x):
+    """x (B, C) -> (B, C): every channel times the channel before it."""
+    return x * x.roll(1, dims=-1)
+
+
+def fit(hidden, activation, cfg, seed, device):
+    """Trains an MLP with `hidden` hidden channels to multiply -> the share of the targets' variance
+    that it misses, as a mean over the last tenth of the steps."""
     torch.manual_seed(seed)
-    C, missed = cfg.n_embd, []
-    order = torch.arange(C).roll(1)
-    mlp = nn.Sequential(nn.Linear(C, width, bias=False), act, nn.Linear(width, C, bias=False)).to(device)
+    mlp = nn.Sequential(
+        nn.Linear(cfg.n_embd, hidden, bias=False),
+        activation,
+        nn.Linear(hidden, cfg.n_embd, bias=False),
+    ).to(device)
     optimizer = torch.optim.Adam(mlp.parameters(), lr=cfg.lr)
-    g = torch.Generator().manual_seed(seed)  # wide and narrow ones see the same batches
+
+    # All MLPs see the same batches. Each batch is new, so nothing can be learned by heart.
+    generator = torch.Generator().manual_seed(seed)
+    missed = []
     for step in range(cfg.steps):
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
-        x = torch.randn(cfg.batch_size, C, generator=g)
-        y = products(x, order)
+        x = torch.randn(cfg.batch_size, cfg.n_embd, generator=generator)
+        y = products(x)
         loss = F.mse_loss(mlp(x.to(device)), y.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         missed.append(loss.item() / y.var().item())
-    return mean(missed[-max(1, cfg.steps // 10):])  # every batch is new: nothing here was learned by heart
+
+    last_tenth = max(1, cfg.steps // 10)
+    return mean(missed[-last_tenth:])
+
+
+def draw_activations(ax):
+    """GELU, ReLU, and the square that two GELUs make."""
+    z = torch.linspace(-3, 3, 121)
+    ax.plot(z, F.gelu(z), label="gelu(z)")
+    ax.plot(z, F.relu(z), label="relu(z)")
+    ax.plot(z, F.gelu(z) + F.gelu(-z), label="gelu(z) + gelu(-z)")
+    ax.set(xlabel="z", ylabel="value")
+    ax.legend(fontsize=9)
+
+
+def draw_widths(ax, missed, widths):
+    """The share missed by width: the mean over the seeds as a line, and their range as a band."""
+    styles = ["o-", "s--", "v:"]
+    for activation, style in zip(ACTIVATIONS, styles):
+        runs = [missed[activation, width] for width in widths]
+        means = [mean(values) for values in runs]
+        lowest = [min(values) for values in runs]
+        highest = [max(values) for values in runs]
+        ax.plot(widths, means, style, label=activation)
+        ax.fill_between(widths, lowest, highest, alpha=0.2)
+    ax.set(xscale="log", yscale="log")
+    ax.set(xlabel="hidden channels / C", ylabel="share of the variance missed")
+    ax.set_xticks(widths, [f"{width:g}" for width in widths])
+    ax.minorticks_off()
+    ax.legend(title="between the matrices", fontsize=9)
+
+
+def draw(title, missed, widths, path):
+    fig, (left, right) = figure(title, columns=2)
+    draw_activations(left)
+    draw_widths(right, missed, widths)
+    save_figure(fig, path)
+
 
 if __name__ == "__main__":
-    cfg = cli(Config())
-    device, _ = setup(cfg)
-    widths = [float(w) for w in cfg.widths.split(",")]
-    log, error = Log(cfg, len(ACTS) * len(widths), name="demo_mlp"), {}
-    for i, (name, w) in enumerate((name, w) for name in ACTS for w in widths):
-        hidden = max(1, round(w * cfg.n_embd))
-        error[name, w] = [fit(hidden, ACTS[name](), cfg, s, device) for s in range(cfg.seed, cfg.seed + cfg.seeds)]
-        log(i, between=name, width=w, missed=mean(error[name, w]))
-    print("\nshare of the variance missed (lowest to highest seed)")
-    for (name, w), v in error.items():
-        print(f"  {name:8} {w:4g} C  {mean(v):.3f} ({min(v):.3f} to {max(v):.3f})")
-    near = min(widths, key=lambda w: abs(w - 4))
-    narrow, wide, matrix = (mean(error[key]) for key in (("GELU", widths[0]), ("GELU", near), ("nothing", near)))
-    said = (f"An MLP {near:g}C wide misses {wide:.0%} of the products, one {widths[0]:g}C wide {narrow:.0%},\n"
-            f"one {near:g}C wide with nothing between its matrices {matrix:.0%}")
+    cfg = parse_args(Config)
+    torch.set_num_threads(cfg.threads)
+    device = pick_device(cfg.device)
+    widths = parse_widths(cfg.widths)
+    out = output_folder(cfg)
 
-    # figure
-    fig, (left, right) = figure(said, columns=2)
-    z = torch.linspace(-3, 3, 121)
-    for y, name in ((F.gelu(z), "gelu(z)"), (F.relu(z), "relu(z)"), (F.gelu(z) + F.gelu(-z), "gelu(z) + gelu(-z)")):
-        left.plot(z, y, label=name)
-    left.set(xlabel="z", ylabel="value")
-    for name, style in zip(ACTS, ("o-", "s--", "v:")):
-        runs = [error[name, w] for w in widths]
-        right.plot(widths, [mean(v) for v in runs], style, label=name)
-        right.fill_between(widths, [min(v) for v in runs], [max(v) for v in runs], alpha=0.2)
-    right.set(xscale="log", yscale="log", xlabel="hidden channels / C", ylabel="share of the variance missed")
-    right.set_xticks(widths, [f"{w:g}" for w in widths])
-    right.minorticks_off()
-    left.legend(fontsize=9)
-    right.legend(title="between the matrices", fontsize=9)
-    save_figure(fig, Path(cfg.out) / "demo_mlp.png")
-    save_metrics(cfg, name="demo_mlp", missed={f"{name}_{w:g}C": v for (name, w), v in error.items()},
-                 seed=cfg.seed, seeds=cfg.seeds, steps=cfg.steps)
+    # train an MLP for each activation, each width and each seed
+    log = Log(out, len(ACTIVATIONS) * len(widths), name="demo_mlp")
+    missed = {}
+    for name, activation in ACTIVATIONS.items():
+        for width in widths:
+            hidden = max(1, round(width * cfg.n_embd))
+            shares = []
+            for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+                shares.append(fit(hidden, activation(), cfg, seed, device))
+            log(len(missed), activation=name, width=width, missed=mean(shares))
+            missed[name, width] = shares
+
+    print("\nShare of the variance missed (lowest to highest seed)")
+    for (name, width), shares in missed.items():
+        spread = f"({min(shares):.3f} to {max(shares):.3f})"
+        print(f"  {name:8} {width:4g} C  {mean(shares):.3f} {spread}")
+
+    # the claim of the figure: the usual width, the narrowest one, and no activation
+    usual = min(widths, key=lambda width: abs(width - 4))
+    narrowest = widths[0]
+    title = (
+        f"With GELU, an MLP {usual:g}C wide misses {mean(missed['GELU', usual]):.0%} of the "
+        f"products, one {narrowest:g}C wide {mean(missed['GELU', narrowest]):.0%}\n"
+        f"With nothing between its matrices, an MLP {usual:g}C wide misses "
+        f"{mean(missed['nothing', usual]):.0%}"
+    )
+    draw(title, missed, widths, out / "demo_mlp.png")
+    save_metrics(
+        out,
+        name="demo_mlp",
+        missed={f"{name}_{width:g}C": shares for (name, width), shares in missed.items()},
+        seed=cfg.seed,
+        seeds=cfg.seeds,
+        steps=cfg.steps,
+    )

@@ -1,140 +1,299 @@
 """
-Part 1 - sinusoidal and learned positions side by side, their dot products by distance, and what training learns.
+Part 1, positions: how do sinusoidal and learned positions differ, and what does training learn?
 
     python part_1/demo_positions.py
     python part_1/demo_positions.py --seeds=3
 
-Clock hands that run at fixed speeds: the dot product of two sinusoids is a sum of cos(speed x distance), so it depends
-on the distance alone ("Attention Is All You Need", section 3.5). Learned positions start as noise, unrelated to each
-other. The toy task of train.py pairs them: who says letter i of the answer must look back to letter n - i. Whether the
-trained embeddings resemble each other by distance, and whether a head pairs them, is measured here.
+The dot product of two sinusoids is a sum of cos(speed x distance), so it depends on their distance
+only (Vaswani et al. 2017, section 3.5). Learned positions start as noise: no two of them are
+related. The task of train.py needs pairs of positions, because each letter of the answer comes from
+one place in the word. The demo trains learned positions on this task and asks two questions. Do
+they become alike if they are near each other? And does a head put the positions into pairs?
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataclasses import dataclass, replace
 from statistics import mean
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from model import GPTConfig
-from shared import Log, cli, figure, save_figure, save_metrics, setup
+from model import GPTConfig, causal_mask
+from shared import (
+    Log,
+    figure,
+    output_folder,
+    parse_args,
+    pick_device,
+    save_figure,
+    save_metrics,
+)
 from train import ALPHABET, GPT, evaluate, get_batch, sinusoids
+
 
 @dataclass
 class Config:
     steps: int = 300  # optimizer steps, as in train.py
     batch_size: int = 64  # words per step
-    lr: float = 3e-3  # AdamW's
-    block_size: int = 16  # positions; half of them are the word
-    seeds: int = 1  # how many seeds; the README quotes 3
-    threads: int = 1  # CPU threads; matrices as small as these gain nothing from more
-    seed: int = 0
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    lr: float = 3e-3  # learning rate of AdamW
+    block_size: int = 16  # number of positions; half of them are the word
+    seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
+    threads: int = 1  # CPU threads; more are no faster with matrices as small as these
+    seed: int = 0  # seed of all random numbers
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seeds", "threads"):
+            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        is_possible = self.block_size >= 4 and self.block_size % 2 == 0
+        assert is_possible, f"block_size={self.block_size} must be even and at least 4"
+
+
+# what is measured ---------------------------------------------------------------------------------
+
 
 def cosines(table):
-    """(T, C) embeddings -> (T, T): 1 for the same direction, 0 for unrelated ones."""
-    table = F.normalize(table, dim=-1)
-    return table @ table.T
+    """Position embeddings (T, C) -> (T, T): 1 for the same direction, 0 for unrelated ones."""
+    directions = F.normalize(table, dim=-1)
+    return directions @ directions.T
 
-def explained(c):
-    """How much of the variance of the cosines of different positions their distance explains: 1 = all, and by chance
-    (noise instead of embeddings) the number of distances less 1 over the number of pairs less 1."""
-    t, s = torch.triu_indices(len(c), len(c), 1)
-    value = c[t, s]
-    own = torch.stack([c.diagonal(d).mean() for d in range(1, len(c))])[s - t - 1]  # the mean of one's own distance
-    return (1 - (value - own).square().sum() / (value - value.mean()).square().sum()).item()
+
+def explained_by_distance(table):
+    """How much of the variance of the cosines do distances explain? -> a share, at most 1
+
+    table (T, C). For each pair of positions, the prediction is the mean cosine of all pairs at the
+    same distance. The share is 1 if it is always right. Random embeddings reach expected_of_noise.
+    """
+    all_cosines = cosines(table)
+    T = len(table)
+    row, column = torch.triu_indices(T, T, offset=1)  # each pair once
+    cosine = all_cosines[row, column]  # (pairs,)
+
+    means = [all_cosines.diagonal(distance).mean() for distance in range(1, T)]
+    predicted = torch.stack(means)[column - row - 1]  # (pairs,)
+    unexplained = (cosine - predicted).square().sum()
+    total = (cosine - cosine.mean()).square().sum()
+    return (1 - unexplained / total).item()
+
+
+def expected_of_noise(T):
+    """What explained_by_distance finds in random embeddings on average: T - 1 means, fitted to
+    T (T - 1) / 2 numbers, explain a part of them by chance."""
+    pairs = T * (T - 1) / 2
+    return (T - 2) / (pairs - 1)
+
 
 @torch.no_grad()
 def position_scores(model):
-    """What the heads of the first block would score if all letters were alike: (H, T, T), later keys at -inf."""
-    attn, T = model.h[0].attn, len(model.wpe)
-    x = model.h[0].ln_1(model.wpe + model.wte.weight.mean(dim=0))
-    q, k = (f(x).view(T, attn.n_head, -1).transpose(0, 1) for f in (attn.c_q, attn.c_k))  # (H, T, D)
-    return (q @ k.mT / q.size(-1) ** 0.5).masked_fill(torch.ones(T, T, device=x.device).triu(1).bool(), float("-inf"))
+    """The scores of the first block's heads if all letters were alike -> (H, T, T), with the keys
+    that a query may not see at minus infinity."""
+    attn = model.h[0].attn
+    T = len(model.wpe)
+    average_letter = model.wte.weight.mean(dim=0)  # (C,)
+    x = model.h[0].ln_1(model.wpe + average_letter)  # (T, C)
 
-def paired(scores):
-    """(H, T, T) -> per head the share of the answer's rows whose highest score is on the letter to be said next."""
+    q = attn.c_q(x).view(T, attn.n_head, -1).transpose(0, 1)  # (H, T, D)
+    k = attn.c_k(x).view(T, attn.n_head, -1).transpose(0, 1)  # (H, T, D)
+    scores = q @ k.mT / q.size(-1) ** 0.5  # (H, T, T)
+
+    pos = torch.arange(T, device=x.device)
+    return scores.masked_fill(~causal_mask(pos, pos), float("-inf"))
+
+
+def share_paired(scores):
+    """scores (H, T, T) -> for each head the share of the answer's rows with the highest score on
+    the letter to say (H,).
+
+    Row n is the bar. It says letter n - 1 of the word, and row n + i says letter n - 1 - i.
+    """
     T = scores.size(-1)
-    rows = torch.arange(T // 2, T)
-    return (scores[:, rows].argmax(dim=-1).cpu() == T - 1 - rows).float().mean(dim=-1)  # row n + i, letter n - 1 - i
+    n = T // 2
+    i = torch.arange(n)
+    favourite = scores[:, n + i].argmax(dim=-1).cpu()  # (H, n)
+    is_paired = favourite == n - 1 - i
+    return is_paired.float().mean(dim=-1)
 
-def train(cfg, seed, device, log):
-    """train.py's loop with learned positions -> the model, its positions at the start, its accuracy."""
-    torch.manual_seed(seed)
-    gpt_cfg, run, n = GPTConfig(len(ALPHABET), cfg.block_size), replace(cfg, seed=seed), cfg.block_size // 2
+
+# train --------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """One training with learned positions."""
+
+    start: torch.Tensor  # (T, C), the positions before training
+    end: torch.Tensor  # (T, C), the positions after it
+    scores: torch.Tensor  # (H, T, T), position_scores after training
+    paired_before: float  # share_paired of the best head before training
+    paired_after: float  # share_paired of the best head after it
+    accuracy: float  # share of letters right in new words
+
+
+def train(cfg, gpt_cfg, device, log, first_step):
+    """The training loop of train.py, with learned positions -> Run"""
+    torch.manual_seed(cfg.seed)
     model = GPT(gpt_cfg, "learned").to(device)
-    start, scores = model.wpe.detach().cpu().clone(), position_scores(model).cpu()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    start = model.wpe.detach().cpu().clone()
+    paired_before = share_paired(position_scores(model)).max().item()
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    n = cfg.block_size // 2
     for step in range(cfg.steps):
-        x, y = get_batch(step, run, cfg.block_size)
-        loss = F.cross_entropy(model(x.to(device))[:, n:].flatten(0, 1), y.flatten().to(device))
+        x, y = get_batch(step, cfg, cfg.block_size)
+        logits = model(x.to(device))[:, n:]  # (B, n, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten().to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log((seed - cfg.seed) * cfg.steps + step, loss=loss.item(), length=model.wpe.norm(dim=-1).mean().item())
-    return model, start, paired(scores).max().item(), evaluate(model, run, cfg.block_size, device)
+        length = model.wpe.norm(dim=-1).mean().item()
+        log(first_step + step, loss=loss.item(), length=length)
 
-def draw_matrices(tables, said, path):
-    fig, axes = figure(said, rows=len(tables), height=7)
+    scores = position_scores(model).cpu()
+    return Run(
+        start=start,
+        end=model.wpe.detach().cpu(),
+        scores=scores,
+        paired_before=paired_before,
+        paired_after=share_paired(scores).max().item(),
+        accuracy=evaluate(model, cfg, cfg.block_size, device),
+    )
+
+
+def growth(run):
+    """How many times as long are the positions after training?"""
+    return (run.end.norm(dim=-1).mean() / run.start.norm(dim=-1).mean()).item()
+
+
+# draw ---------------------------------------------------------------------------------------------
+
+
+def draw_matrices(title, tables, path):
+    """The numbers of each table. tables: {name: (T, C)}"""
+    fig, axes = figure(title, rows=len(tables), height=7)
     for ax, (name, table) in zip(axes, tables.items()):
-        picture = ax.imshow(table, cmap="RdBu", vmin=-table.abs().max(), vmax=table.abs().max(), aspect="auto")
+        largest = table.abs().max()
+        image = ax.imshow(table, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
         ax.set_title(name, fontsize=11)
         ax.set(ylabel="position")
         ax.grid(False)
-        fig.colorbar(picture, ax=ax)
+        fig.colorbar(image, ax=ax)
     axes[-1].set_xlabel("channel")
     save_figure(fig, path)
 
-def draw_products(tables, scores, head, said, path):
-    """Cosines of the first and the last table, all tables' cosines by distance, and one head's scores."""
-    fig, ((a, b), (c, d)) = figure(said, rows=2, columns=2, height=8)
-    names = list(tables)
-    for ax, name in ((a, names[0]), (b, names[-1])):
-        fig.colorbar(ax.imshow(cosines(tables[name]), cmap="RdBu", vmin=-1, vmax=1), ax=ax, shrink=0.6)
-        ax.set_title(f"{name}: cosines", fontsize=11)
-        ax.set(xlabel="position", ylabel="position")
-        ax.grid(False)
+
+def draw_cosines(ax, name, table):
+    image = ax.imshow(cosines(table), cmap="RdBu", vmin=-1, vmax=1)
+    ax.figure.colorbar(image, ax=ax, shrink=0.6)
+    ax.set_title(f"{name}: cosines", fontsize=11)
+    ax.set(xlabel="position", ylabel="position")
+    ax.grid(False)
+
+
+def draw_distances(ax, tables):
+    """The cosines by distance: their mean as a line, and their range as a band."""
     for name, table in tables.items():
-        rows = [cosines(table).diagonal(k) for k in range(len(table))]
-        line, = c.plot([row.mean() for row in rows], label=name)
-        c.fill_between(range(len(rows)), *zip(*((row.min(), row.max()) for row in rows)), alpha=0.2)
-        line.set_marker(".")
-    c.set(xlabel="distance, positions", ylabel="cosine: mean, lowest, highest")
-    c.legend(fontsize=8)
-    shown = scores[head].masked_fill(scores[head].isinf(), float("nan"))
-    fig.colorbar(d.imshow(shown, cmap="viridis"), ax=d, label="q k / sqrt(D), layer 1", shrink=0.6)
-    d.set_title(f"learned: scores of head {head + 1}", fontsize=11)
-    d.set(xlabel="key's position", ylabel="query's position", facecolor="lightgray")
-    d.grid(False)
+        diagonals = [cosines(table).diagonal(distance) for distance in range(len(table))]
+        means = [values.mean() for values in diagonals]
+        lowest = [values.min() for values in diagonals]
+        highest = [values.max() for values in diagonals]
+        ax.plot(means, ".-", label=name)
+        ax.fill_between(range(len(table)), lowest, highest, alpha=0.2)
+    ax.set(xlabel="distance in positions", ylabel="cosine: mean, lowest, highest")
+    ax.legend(fontsize=8)
+
+
+def draw_scores(ax, scores, head):
+    """The scores (T, T) of one head. What is masked is gray."""
+    visible = scores.masked_fill(scores.isinf(), float("nan"))
+    image = ax.imshow(visible, cmap="viridis")
+    ax.figure.colorbar(image, ax=ax, label="q k / sqrt(D), layer 1", shrink=0.6)
+    ax.set_title(f"learned, trained: scores of head {head + 1}", fontsize=11)
+    ax.set(xlabel="position of the key", ylabel="position of the query")
+    ax.set_facecolor("lightgray")
+    ax.grid(False)
+
+
+def draw_products(title, tables, scores, path):
+    """The cosines of the first and the last table, the cosines of all tables by distance, and the
+    scores of the head that pairs best. tables: {name: (T, C)}, scores (H, T, T)"""
+    fig, axes = figure(title, rows=2, columns=2, height=8)
+    names = list(tables)
+    draw_cosines(axes[0, 0], names[0], tables[names[0]])
+    draw_cosines(axes[0, 1], names[-1], tables[names[-1]])
+    draw_distances(axes[1, 0], tables)
+    head = share_paired(scores).argmax().item()
+    draw_scores(axes[1, 1], scores[head], head)
     save_figure(fig, path)
 
+
 if __name__ == "__main__":
-    cfg = cli(Config())
-    device, _ = setup(cfg)
-    T = cfg.block_size
-    log = Log(cfg, cfg.seeds * cfg.steps, name="demo_positions")
-    runs = [train(cfg, seed, device, log) for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
-    fixed, ends = sinusoids(T, 64), [model.wpe.detach().cpu() for model, *_ in runs]
-    longer = [(end.norm(dim=-1).mean() / start.norm(dim=-1).mean()).item() for end, (_, start, *_) in zip(ends, runs)]
-    before, after = [explained(cosines(start)) for _, start, *_ in runs], [explained(cosines(end)) for end in ends]
-    scores = [position_scores(model).cpu() for model, *_ in runs]
-    pairs, unpaired, accuracy = [paired(s).max().item() for s in scores], *zip(*(run[2:] for run in runs))
-    chance = (T - 2) / (T * (T - 1) / 2 - 1)
-    print(f"distance explains of the cosines: sinusoids {explained(cosines(fixed)):.0%}, noise {chance:.0%} on average")
-    numbers = {"distance_before": before, "distance_after": after, "longer": longer, "paired_before": unpaired,
-               "paired_after": pairs, "accuracy": accuracy}
-    for name, v in numbers.items():
-        print(f"{name:24} {mean(v):.3f}  ({min(v):.3f} to {max(v):.3f})")
-    tables = {"sinusoids": fixed, "learned, at the start": runs[0][1], "learned, trained": ends[0]}
-    said = f"Training made the learned positions {mean(longer):.1f} times as long; the sinusoids are fixed"
-    draw_matrices(tables, said, Path(cfg.out) / "demo_positions_matrices.png")
-    said = (f"Distance explains {explained(cosines(fixed)):.0%} of the sinusoids' cosines, {mean(after):.0%} of the "
-            f"learned (noise {chance:.0%})\nThe best head pairs {mean(pairs):.0%} of positions as the task asks, "
-            f"{mean(unpaired):.0%} before training")
-    head = paired(scores[0]).argmax().item()
-    draw_products(tables, scores[0], head, said, Path(cfg.out) / "demo_positions_products.png")
-    save_metrics(cfg, name="demo_positions", **numbers, distance_sinusoids=explained(cosines(fixed)), noise=chance,
-                 seed=cfg.seed, seeds=cfg.seeds, steps=cfg.steps)
+    cfg = parse_args(Config)
+    torch.set_num_threads(cfg.threads)
+    device = pick_device(cfg.device)
+    gpt_cfg = GPTConfig(vocab_size=len(ALPHABET), block_size=cfg.block_size)
+    out = output_folder(cfg)
+
+    # train with every seed
+    log = Log(out, cfg.seeds * cfg.steps, name="demo_positions")
+    runs = []
+    for i in range(cfg.seeds):
+        seed_cfg = replace(cfg, seed=cfg.seed + i)
+        runs.append(train(seed_cfg, gpt_cfg, device, log, first_step=i * cfg.steps))
+
+    # what came out
+    fixed = sinusoids(cfg.block_size, gpt_cfg.n_embd)
+    explained_fixed = explained_by_distance(fixed)
+    noise = expected_of_noise(cfg.block_size)
+    numbers = {
+        "distance_before": [explained_by_distance(run.start) for run in runs],
+        "distance_after": [explained_by_distance(run.end) for run in runs],
+        "longer": [growth(run) for run in runs],
+        "paired_before": [run.paired_before for run in runs],
+        "paired_after": [run.paired_after for run in runs],
+        "accuracy": [run.accuracy for run in runs],
+    }
+    print(
+        f"\nShare of the variance of the cosines that distances explain: "
+        f"sinusoids {explained_fixed:.0%}, noise {noise:.0%} on average"
+    )
+    for name, values in numbers.items():
+        print(f"{name:16} {mean(values):.3f}  ({min(values):.3f} to {max(values):.3f})")
+
+    # the tables themselves
+    tables = {
+        "sinusoids": fixed,
+        "learned, at the start": runs[0].start,
+        "learned, trained": runs[0].end,
+    }
+    title = (
+        f"Training makes the learned positions {mean(numbers['longer']):.1f} times as long; "
+        "the sinusoids are fixed"
+    )
+    draw_matrices(title, tables, out / "demo_positions_matrices.png")
+
+    # their cosines, and the head that pairs positions
+    title = (
+        f"Variance of the cosines that distances explain: sinusoids {explained_fixed:.0%}, "
+        f"learned {mean(numbers['distance_after']):.0%}, noise {noise:.0%}\n"
+        f"Positions that the best head pairs as the task needs: "
+        f"{mean(numbers['paired_after']):.0%}, before training {mean(numbers['paired_before']):.0%}"
+    )
+    draw_products(title, tables, runs[0].scores, out / "demo_positions_products.png")
+
+    save_metrics(
+        out,
+        name="demo_positions",
+        **numbers,
+        distance_sinusoids=explained_fixed,
+        noise=noise,
+        seed=cfg.seed,
+        seeds=cfg.seeds,
+        steps=cfg.steps,
+    )

@@ -1,140 +1,283 @@
 """
-Part 3 - LayerNorm against RMSNorm in the same model: gradients per layer, convergence, time per step.
+Part 3, norms: does RMSNorm train as well as LayerNorm, and how much time does it save?
 
     python part_3/demo_norms.py
     python part_3/demo_norms.py --seeds=3
 
-RMSNorm is LayerNorm without the mean and the bias (Zhang & Sennrich 2019, eq. 4); the paper's claim is equal quality in
-less time. Both are written by hand here, so that the clock compares like with like. The two models start from the same
-weights, read the same batches and take their steps in turn: a busy machine is busy for both.
+RMSNorm is LayerNorm without the mean and the bias (Zhang & Sennrich 2019, eq. 4). The paper claims
+equal quality in less time. Both norms are written by hand, so that the clock compares like with
+like. Two models, which differ in their norms only, start from the same weights and read the same
+batches. They take their steps in turn, so that other work on the machine slows both down.
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import time
 from dataclasses import dataclass, replace
+from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from model import GPT, GPTConfig, RMSNorm
-from shared import Log, cli, figure, save_figure, save_metrics, setup
+from shared import (
+    Log,
+    figure,
+    output_folder,
+    parse_args,
+    pick_device,
+    save_figure,
+    save_metrics,
+    set_seed,
+)
 from train import evaluate, get_batch, load_data
+
+NORMS = ["LayerNorm", "RMSNorm"]
+
 
 @dataclass
 class Config:
-    data: str = "stories"  # "stories", "shakespeare", or the path of a text file
+    data: str = "stories"  # stories (the built-in world), shakespeare (a download) or a text file
     steps: int = 400  # optimizer steps of each model
     batch_size: int = 8  # sequences per step
-    lr: float = 1e-3  # AdamW's
-    seeds: int = 1  # how many seeds; the README quotes 3
-    seed: int = 0
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    lr: float = 1e-3  # learning rate of AdamW
+    seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
+    seed: int = 0  # seed of all random numbers
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
 
     def __post_init__(self):
-        assert self.steps >= 10 and self.seeds > 0, "steps must be at least 10, seeds at least 1"
+        assert self.steps >= 10, f"steps={self.steps} must be at least 10"
+        assert self.seeds > 0, f"seeds={self.seeds} must be at least 1"
+        assert self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1"
+
 
 class LayerNorm(nn.Module):
-    """Part 2's: each token's channels to mean 0 and variance 1, then a gain and a bias (Ba et al. 2016, eq. 4)."""
+    """Part 2's norm: shifts and scales each token's C channels to mean 0 and variance 1, then
+    applies a learned gain and bias (Ba et al. 2016, eq. 4)."""
+
     def __init__(self, dim, eps=1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
         self.eps = eps
+
     def forward(self, x):
         x = x - x.mean(dim=-1, keepdim=True)
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight + self.bias
+        var = x.square().mean(dim=-1, keepdim=True)
+        return x * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
-NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
 
-def swap(module, Norm):
-    """Every RMSNorm inside becomes a Norm. Norms draw no random numbers, so all other weights stay equal."""
+def use_layer_norm(module):
+    """Replaces every RMSNorm inside the module by a new LayerNorm of the same size."""
     for name, child in module.named_children():
         if isinstance(child, RMSNorm):
-            setattr(module, name, Norm(len(child.weight)))
+            setattr(module, name, LayerNorm(len(child.weight)))
         else:
-            swap(child, Norm)
-    return module
+            use_layer_norm(child)
 
-def layer_grads(model):
-    """The norm of the gradient of each block's matrices, [L numbers]."""
-    return [sum(p.grad.square().sum().item() for p in block.parameters() if p.ndim == 2) ** 0.5 for block in model.h]
 
-def timed(device, work):
-    """-> what work() returns, and its milliseconds."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    result = work()
-    wait()
-    return result, 1000 * (time.perf_counter() - start)
+def build_model(norm, gpt_cfg, seed):
+    """A GPT with one of NORMS. Norms draw no random numbers, so all other weights are the same."""
+    torch.manual_seed(seed)
+    model = GPT(gpt_cfg)
+    if norm == "LayerNorm":
+        use_layer_norm(model)
+    return model
 
-def update(model, optimizer, x, y):
-    _, loss = model(x, y)
-    loss.backward()
-    optimizer.step()
-    return loss
 
-def run(train_ids, val_ids, cfg, gpt_cfg, device, log, done):
-    """Both models, step by step in turn -> {norm: its losses, ms and gradients (L) per step, ms of the norm alone}."""
-    found = {name: {"loss": [], "ms": [], "grads": [], "alone": []} for name in NORMS}
-    models, T = {}, gpt_cfg.block_size
-    for name, Norm in NORMS.items():
-        torch.manual_seed(cfg.seed)
-        model = swap(GPT(gpt_cfg), Norm).to(device)
-        models[name] = model, torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+def layer_gradients(model):
+    """The norm of the gradient of each block's matrices, as a list with one number per layer."""
+    norms = []
+    for block in model.h:
+        squares = [p.grad.square().sum().item() for p in block.parameters() if p.ndim == 2]
+        norms.append(sum(squares) ** 0.5)
+    return norms
+
+
+def clock(device):
+    """The time in milliseconds, after the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * time.perf_counter()
+
+
+class Run(NamedTuple):
+    """One training of a model."""
+
+    losses: list  # one per step, nats per byte
+    step_ms: list  # milliseconds of each step
+    norm_ms: list  # milliseconds of one norm alone, forward and backward, measured at each step
+    gradients: list  # for each step a list with one number per layer
+    val_loss: float  # nats per byte
+
+
+def train(data, cfg, gpt_cfg, device, log, first_step):
+    """Trains both models, step by step in turn -> {norm: Run}."""
+    block_size = gpt_cfg.block_size
+    models = {}
+    optimizers = {}
+    runs = {}
+    for norm in NORMS:
+        models[norm] = build_model(norm, gpt_cfg, cfg.seed).to(device)
+        optimizers[norm] = torch.optim.AdamW(
+            models[norm].parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        runs[norm] = Run([], [], [], [], 0.0)
+
     for step in range(cfg.steps):
-        x, y = (z.to(device) for z in get_batch(train_ids, step, cfg, T))
-        for name, (model, optimizer) in models.items():
-            loss, ms = timed(device, lambda: update(model, optimizer, x, y))
-            inside = torch.randn(x.numel(), gpt_cfg.n_embd, device=device, requires_grad=True)
-            _, alone = timed(device, lambda: model.ln_f(inside).sum().backward())
-            for key, value in (("loss", loss.item()), ("ms", ms), ("alone", alone), ("grads", layer_grads(model))):
-                found[name][key].append(value)
-            optimizer.zero_grad(set_to_none=True)
-        log(done + step, **{name: each["loss"][-1] for name, each in found.items()})
-    return {name: {"val": torch.tensor(evaluate(models[name][0], val_ids, T, device)[0]),
-                   **{key: torch.tensor(value) for key, value in each.items()}} for name, each in found.items()}
+        x, y = get_batch(data.train_ids, step, cfg, block_size)
+        x = x.to(device)
+        y = y.to(device)
+        for norm, model in models.items():
+            run = runs[norm]
 
-def draw(runs, said, path):
-    """Left the loss over the training, the mean of 10 steps and of all seeds; right each layer's gradient."""
-    fig, (left, right) = figure(said, columns=2, height=5)
-    for i, (name, each) in enumerate(runs.items()):
-        steps = each["loss"].size(1) // 10 * 10
-        lines = each["loss"][:, :steps].unflatten(1, (-1, 10)).mean(dim=2)
-        left.plot(range(5, steps, 10), lines.mean(dim=0), color=f"C{i}", label=name)
-        left.fill_between(range(5, steps, 10), lines.amin(dim=0), lines.amax(dim=0), color=f"C{i}", alpha=0.2)
-        for style, when, part in ((":o", "first", slice(10)), ("-o", "last", slice(-10, None))):
-            grads = each["grads"][:, part].mean(dim=(0, 1))
-            right.plot(range(1, len(grads) + 1), grads, style, color=f"C{i}", label=f"{name}, {when} 10 steps")
-    left.set(xlabel="optimizer step", ylabel="training loss, nats per byte")
-    right.set(xlabel="layer", ylabel="norm of the gradient, nats per unit of weight", yscale="log")
-    right.set_xticks(range(1, len(grads) + 1))
+            # A step of training
+            start = clock(device)
+            _, loss = model(x, y)
+            loss.backward()
+            optimizers[norm].step()
+            run.step_ms.append(clock(device) - start)
+            run.losses.append(loss.item())
+            run.gradients.append(layer_gradients(model))
+
+            # The norm alone, on as many tokens
+            inputs = torch.randn(x.numel(), gpt_cfg.n_embd, device=device, requires_grad=True)
+            start = clock(device)
+            model.ln_f(inputs).sum().backward()
+            run.norm_ms.append(clock(device) - start)
+
+            # This also removes what timing the norm has added to its gradient.
+            optimizers[norm].zero_grad(set_to_none=True)
+        log(first_step + step, **{norm: run.losses[-1] for norm, run in runs.items()})
+
+    for norm, model in models.items():
+        val = evaluate(model, data.val_ids, block_size, device)
+        runs[norm] = runs[norm]._replace(val_loss=val.loss)
+    return runs
+
+
+class Summary(NamedTuple):
+    """All seeds of one norm together."""
+
+    losses: torch.Tensor  # (seeds, steps)
+    gradients: torch.Tensor  # (seeds, steps, layers)
+    val_losses: list  # one per seed
+    step_ms: float  # median over the steps of all seeds
+    norm_ms: float  # median over the steps of all seeds
+
+
+def summarize(runs):
+    """A list of Runs, one per seed -> Summary."""
+    step_ms = []
+    norm_ms = []
+    for run in runs:
+        step_ms.extend(run.step_ms)
+        norm_ms.extend(run.norm_ms)
+    return Summary(
+        losses=torch.tensor([run.losses for run in runs]),
+        gradients=torch.tensor([run.gradients for run in runs]),
+        val_losses=[run.val_loss for run in runs],
+        step_ms=median(step_ms),
+        norm_ms=median(norm_ms),
+    )
+
+
+def verdict(first, second):
+    """May one say that two lists of losses, one per seed, differ? Only if their ranges do."""
+    seeds = len(first)
+    if seeds == 1:
+        return "one seed"
+    if min(first) > max(second) or min(second) > max(first):
+        return f"{seeds} seeds, they differ"
+    return f"{seeds} seeds, no difference"
+
+
+def draw(title, summaries, path):
+    """Left: the training loss. Right: the gradient of each layer at the start and at the end."""
+    fig, (left, right) = figure(title, columns=2, height=5)
+    for i, (norm, summary) in enumerate(summaries.items()):
+        colour = f"C{i}"
+
+        # Means of 10 steps are smooth enough to compare. The band is the range over the seeds.
+        steps = summary.losses.size(1) // 10 * 10
+        tens = summary.losses[:, :steps].unflatten(1, (-1, 10)).mean(dim=2)  # (seeds, steps / 10)
+        middles = range(5, steps, 10)
+        left.plot(middles, tens.mean(dim=0), color=colour, label=norm)
+        left.fill_between(middles, tens.amin(dim=0), tens.amax(dim=0), color=colour, alpha=0.2)
+
+        first = summary.gradients[:, :10].mean(dim=(0, 1))  # (layers,)
+        last = summary.gradients[:, -10:].mean(dim=(0, 1))  # (layers,)
+        layers = range(1, len(first) + 1)
+        right.plot(layers, first, ":o", color=colour, label=f"{norm}, first 10 steps")
+        right.plot(layers, last, "-o", color=colour, label=f"{norm}, last 10 steps")
+
+    left.set(xlabel="optimizer step (mean of 10)", ylabel="training loss, nats per byte")
+    right.set(xlabel="layer", ylabel="norm of the gradient of its matrices", yscale="log")
+    right.set_xticks(layers)
     left.legend()
     right.legend(fontsize=8)
     save_figure(fig, path)
 
+
 if __name__ == "__main__":
-    cfg, gpt_cfg = cli(Config(), GPTConfig(n_embd=64))
-    device, _ = setup(cfg)
-    train_ids, val_ids, _ = load_data(cfg, gpt_cfg)
-    log = Log(cfg, cfg.seeds * cfg.steps, name="demo_norms")
-    every = [run(train_ids, val_ids, replace(cfg, seed=cfg.seed + j), gpt_cfg, device, log, j * cfg.steps)
-             for j in range(cfg.seeds)]
-    runs = {name: {key: torch.stack([r[name][key] for r in every]) for key in every[0][name]} for name in NORMS}
-    for name, r in runs.items():
-        print(f"{name:9}: validation {r['val'].mean():.3f} ({r['val'].min():.3f} to {r['val'].max():.3f}) nats, "
-              f"{r['ms'].median():.1f} ms a step, {r['alone'].median():.3f} ms the norm alone; gradient of layer 1 "
-              f"to the last {[round(g, 3) for g in r['grads'][:, -10:].mean(dim=(0, 1)).tolist()]}")
-    a, b = (runs[name] for name in NORMS)
-    apart = a["val"].min() > b["val"].max() or b["val"].min() > a["val"].max()
-    verdict = "one seed" if cfg.seeds == 1 else f"{cfg.seeds} seeds, {'they differ' if apart else 'no difference'}"
-    said = f"LayerNorm {a['val'].mean():.3f}, RMSNorm {b['val'].mean():.3f} nats per byte ({verdict})\nRMSNorm: "
-    said += ", ".join(f"{b[key].median() / a[key].median() - 1:+.0%} {what}" for key, what in (
-        ("ms", "time per step"), ("alone", "time of the norm alone")))
-    print(said)
-    draw(runs, said, Path(cfg.out) / "demo_norms.png")
-    save_metrics(cfg, name="demo_norms", seed=cfg.seed, seeds=cfg.seeds, steps=cfg.steps, seconds=log.seconds, **{
-        f"{name}_{key}": (r[key] if key == "val" else r[key].median() if key != "grads" else r[key][:, -10:].mean(
-            dim=(0, 1))).tolist() for name, r in runs.items() for key in ("val", "ms", "alone", "grads")})
+    cfg, gpt_cfg = parse_args(Config, GPTConfig, n_embd=64)
+    set_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    data = load_data(cfg, gpt_cfg)
+    out = output_folder(cfg)
+
+    # Train both models with every seed.
+    log = Log(out, cfg.seeds * cfg.steps, name="demo_norms")
+    runs = {norm: [] for norm in NORMS}
+    for i in range(cfg.seeds):
+        seed_cfg = replace(cfg, seed=cfg.seed + i)
+        results = train(data, seed_cfg, gpt_cfg, device, log, first_step=i * cfg.steps)
+        for norm, run in results.items():
+            runs[norm].append(run)
+
+    # What came out
+    summaries = {}
+    gradients = {}
+    for norm in NORMS:
+        summary = summarize(runs[norm])
+        summaries[norm] = summary
+        gradients[norm] = summary.gradients[:, -10:].mean(dim=(0, 1)).tolist()
+        listed = ", ".join(f"{gradient:.3f}" for gradient in gradients[norm])
+        print(
+            f"{norm:9}: {mean(summary.val_losses):.3f} nats per byte on new text "
+            f"({min(summary.val_losses):.3f} to {max(summary.val_losses):.3f}), "
+            f"{summary.step_ms:.1f} ms per step, {summary.norm_ms:.3f} ms for the norm alone; "
+            f"gradients from the first layer to the last: {listed}"
+        )
+
+    layer = summaries["LayerNorm"]
+    rms = summaries["RMSNorm"]
+    title = (
+        f"LayerNorm {mean(layer.val_losses):.3f}, RMSNorm {mean(rms.val_losses):.3f} nats per byte "
+        f"({verdict(layer.val_losses, rms.val_losses)})\n"
+        f"RMSNorm: {rms.step_ms / layer.step_ms - 1:+.0%} time per step, "
+        f"{rms.norm_ms / layer.norm_ms - 1:+.0%} time of the norm alone"
+    )
+    print(title)
+    draw(title, summaries, out / "demo_norms.png")
+
+    metrics = {}
+    for norm, summary in summaries.items():
+        metrics[f"{norm}_val"] = summary.val_losses
+        metrics[f"{norm}_ms"] = summary.step_ms
+        metrics[f"{norm}_grads"] = gradients[norm]
+        metrics[f"{norm}_alone"] = summary.norm_ms
+    save_metrics(
+        out,
+        name="demo_norms",
+        seed=cfg.seed,
+        seeds=cfg.seeds,
+        steps=cfg.steps,
+        seconds=log.seconds,
+        **metrics,
+    )

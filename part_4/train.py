@@ -1,279 +1,512 @@
 """
-Part 4 - train the GPT at scale: BPE, accumulation, mixed precision, schedule, Muon, checkpoints, resume, DDP.
+Part 4: train the GPT at scale. BPE, Muon, a learning-rate schedule, gradient accumulation, mixed
+precision, resuming, and TensorBoard. (Several processes: train_ddp.py.)
 
-    python part_4/train.py                                        the world's stories -> part_4/out/base.pt
-    python part_4/train.py --data=my.txt --steps=500              your own text; its last 10 % are for validation
-    python part_4/train.py --data=shakespeare --target_loss=1.88  stop at a loss, print the seconds
-    python part_4/train.py --resume=1                             go on after a crash, to the bit on a CPU
-    python part_4/train.py --batch_size=64 --accum=4              a big batch in four micro-batches
-    torchrun --nproc_per_node=2 part_4/train.py                   the same batch shared by two processes
+    python part_4/train.py                             the world's stories -> part_4/out/base.pt
+    python part_4/train.py --data=my.txt --steps=500   your own text; its last 10 % are held out
+    python part_4/train.py --target_loss=0.1           stop at a validation loss, print the seconds
+    python part_4/train.py --resume                    go on after a crash, to the bit on a CPU
+    python part_4/train.py --batch_size=64 --accum=4   a large batch in four micro-batches
     tensorboard --logdir=part_4/out
 
 From part_3/train.py
-    New      document_ends, lr_scale, make_optimizers, backward, save
-    Changed  Config, load_data, get_batch, evaluate
-    Removed  encode, decode, show_samples, stream
+    New      document_ends, row_edges, lr_scale, orthogonalize, Muon, make_optimizers, set_lr,
+             backward, save_resume_point, load_resume_point, resume_from
+    Changed  Config, Data, load_data, get_batch, evaluate, draw
+    Removed  encode, decode (tokenizer.py takes their place), split_blocks, show_samples,
+             generate_without_cache, time_generation
+
+The ideas stand in places of their own, and each can be read alone:
+
+    BPE and rows      load_data, get_batch      a row starts where a document starts
+    schedule          lr_scale, set_lr          warm up, hold, decay
+    Muon              orthogonalize, Muon, make_optimizers
+    accumulation      backward                  the gradient of a batch that does not fit in memory
+    mixed precision   backward (autocast and scaler), and "update" in the loop
+    clipping          "update" in the loop
+    resuming          save_resume_point, load_resume_point, resume_from
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import json
-import os
 import re
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from model import GPT, GPTConfig
-from shared import (Log, cli, fail, figure, load_checkpoint, read_jsonl, read_text, require, save_checkpoint,
-                    save_figure, save_metrics, setup)
+from shared import (
+    Log,
+    autocast_for,
+    fail,
+    figure,
+    load_checkpoint,
+    output_folder,
+    parse_args,
+    pick_device,
+    pick_dtype,
+    read_jsonl,
+    read_text,
+    require,
+    save_checkpoint,
+    save_figure,
+    save_metrics,
+    set_seed,
+)
 from tokenizer import SPECIAL, Tokenizer
+
 
 @dataclass
 class Config:
     # data
-    data: str = "stories"  # "stories" (the built-in world), "shakespeare" (a download), or the path of a text file
+    data: str = "stories"  # stories (the built-in world), shakespeare (a download) or a text file
     # optimization
     steps: int = 400  # optimizer steps
-    batch_size: int = 24  # sequences per step, over all micro-batches and processes
-    accum: int = 1  # micro-batches per step: the same gradient in 1/accum of the memory
-    lr: float = 0.01  # Muon's, for the hidden matrices; an update's RMS is 0.2 lr
-    lr_adamw: float = 3e-3  # AdamW's, for embedding, head, router and gains
-    weight_decay: float = 0.0  # of both: nothing is seen often enough here to be learned by heart
-    warmup: float = 0.03  # share of the steps in which the rate rises to its peak
+    batch_size: int = 24  # sequences per step, over all micro-batches
+    accum: int = 1  # micro-batches per step; the gradient is the same, in 1/accum of the memory
+    lr: float = 0.01  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
+    lr_adamw: float = 3e-3  # learning rate of AdamW, for everything else
+    weight_decay: float = 0.0  # of both optimizers; 0: there is too little repetition to overfit
+    warmup: float = 0.1  # share of the steps in which the learning rate rises to its peak
     decay: float = 0.5  # share of the steps, at the end, in which it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # run
-    dtype: str = ""  # fp32, bf16 or fp16 (CUDA, with a GradScaler); "": fp32 on a CPU, bf16 on CUDA
-    eval_every: int = 100  # steps between evaluations on the whole validation split
+    dtype: str = ""  # fp32, bf16 or fp16 (CUDA only); empty: bf16 on CUDA, fp32 elsewhere
+    eval_every: int = 100  # steps between evaluations on the validation data
     save_every: int = 100  # steps between resume points, out/resume.pt
-    resume: int = 0  # 1: go on from out/resume.pt
-    target_loss: float = 0.0  # stop when the whole validation split is at this many nats per byte; 0: never
-    seed: int = 0
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    resume: bool = False  # go on from out/resume.pt
+    target_loss: float = 0.0  # stop at this validation loss, in nats per byte; 0: never
+    seed: int = 0  # seed of all random numbers
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accum", "eval_every", "save_every"):
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
-        share = self.accum * int(os.environ.get("WORLD_SIZE", 1))
-        assert self.batch_size % share == 0, f"batch_size={self.batch_size}: no multiple of accum * processes = {share}"
+        assert self.batch_size % self.accum == 0, (
+            f"batch_size={self.batch_size} must be divisible by accum={self.accum}"
+        )
 
-# data ----------------------------------------------------------------------------------------------------------------
+
+# data ---------------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    tok: Tokenizer
+    train_ids: torch.Tensor  # (N,)
+    starts: torch.Tensor  # positions in train_ids where a training row may start
+    val_ids: torch.Tensor  # (M,)
+    edges: torch.Tensor  # positions in val_ids where the rows of the evaluation start and end
+    val_bytes: int  # bytes of the validation text
+    entropy: float  # the true entropy in nats per byte, or None if nobody knows it
+
 
 def document_ends(tok, ids, text):
-    """-> the positions in ids of the tokens that end with the empty line between two documents."""
-    after = torch.tensor(tok.n_bytes)[ids].cumsum(0)  # bytes up to and with each token
-    return torch.isin(after, torch.tensor([m.end() for m in re.finditer(b"\n\n", text.encode())])).nonzero()[:, 0]
+    """The positions in ids of the tokens that end with the blank line between two documents."""
+    bytes_after = torch.tensor(tok.n_bytes)[ids].cumsum(0)  # bytes up to and including each token
+    blank_lines = [match.end() for match in re.finditer(b"\n\n", text.encode())]
+    return torch.isin(bytes_after, torch.tensor(blank_lines)).nonzero()[:, 0]
+
+
+def row_edges(ends, n, block_size):
+    """Where the rows of an evaluation start and end: at every document's end, and after every
+    block_size tokens in between, up to the last of n tokens."""
+    edges = [0]
+    for end in sorted({*ends, n - 1}):
+        edges.extend(range(edges[-1] + block_size, end, block_size))
+        edges.append(end)
+    return torch.tensor(edges)
+
 
 def load_data(cfg, gpt_cfg):
-    """-> tokenizer, training ids (N,), positions where a row may start, validation ids (M,), the edges of its rows, its
-    bytes, true entropy. The world's rows start with the blank line before a document, in training as in evaluation: a
-    story that has lost its brief cannot teach copying from it.
+    """Trains the tokenizer and encodes the text -> Data. Sets gpt_cfg.vocab_size to what the
+    tokenizer really has.
+
+    A row of the world starts with the blank line before a document, in training as in evaluation:
+    a story that has lost its brief cannot teach copying from it. In any other text a row may start
+    at any token.
     """
-    extra, entropy = "", None
+    least = 256 + len(SPECIAL)
+    if gpt_cfg.vocab_size < least:
+        fail(f"--vocab_size must be at least {least}: 256 bytes and {len(SPECIAL)} special tokens")
+    if min(gpt_cfg.block_size, gpt_cfg.n_layer) < 1:
+        fail("--block_size and --n_layer must be at least 1")
+
+    extra = ""  # text that only the tokenizer learns from
+    entropy = None
     if cfg.data == "stories":
         folder = require("data/stories")
-        train, val = read_text(folder / "train.txt"), read_text(folder / "val.txt")
-        records = read_jsonl(folder / "instructions.jsonl", ["instruction", "input", "output"])
-        extra = "\n".join(" ".join([r["instruction"], r["input"], r["output"]]) for r in records)  # Part 6's words too
+        train_text = read_text(folder / "train.txt")
+        val_text = read_text(folder / "val.txt")
         entropy = json.loads(read_text(folder / "facts.json"))["true_nats_per_byte"]
+
+        # The tokenizer must know the words of Part 6's instructions, too.
+        records = read_jsonl(folder / "instructions.jsonl", ["instruction", "input", "output"])
+        lines = []
+        for record in records:
+            lines.append(" ".join([record["instruction"], record["input"], record["output"]]))
+        extra = "\n".join(lines)
     else:
         text = read_text(cfg.data)
-        train, val = text[:int(0.9 * len(text))], text[int(0.9 * len(text)):]
-    least = 256 + len(SPECIAL)
-    if gpt_cfg.vocab_size < least or min(gpt_cfg.block_size, gpt_cfg.n_layer) < 1:
-        fail(f"vocab_size must be at least {least} (bytes and special tokens), block_size and n_layer at least 1")
-    tok = Tokenizer.train(train + extra, gpt_cfg.vocab_size)
-    gpt_cfg.vocab_size = tok.vocab_size  # what was really merged: a small world has fewer words than asked for
-    train_ids, val_ids = torch.tensor(tok.encode(train)), torch.tensor(tok.encode(val))
+        split = int(0.9 * len(text))
+        train_text = text[:split]
+        val_text = text[split:]
+
+    tok = Tokenizer.train(train_text + extra, gpt_cfg.vocab_size)
+    gpt_cfg.vocab_size = tok.vocab_size  # a small text has fewer pairs to merge than asked for
+    train_ids = torch.tensor(tok.encode(train_text))
+    val_ids = torch.tensor(tok.encode(val_text))
     if min(len(train_ids), len(val_ids)) <= gpt_cfg.block_size:
-        fail(f"--data={cfg.data}: {len(val_ids)} tokens to validate on, but one block is {gpt_cfg.block_size} + 1: "
-             "take a longer text or a smaller --block_size")
-    starts, ends = torch.arange(len(train_ids) - gpt_cfg.block_size), []
+        fail(
+            f"--data={cfg.data}: {len(val_ids)} tokens of validation text do not fill one block of "
+            f"{gpt_cfg.block_size} + 1 tokens: use a longer text or a smaller --block_size"
+        )
+
+    starts = torch.arange(len(train_ids) - gpt_cfg.block_size)
+    ends = []
     if cfg.data == "stories":
-        starts = document_ends(tok, train_ids[:len(starts)], train)
-        ends = document_ends(tok, val_ids, val).tolist()
-    edges = [0]
-    for end in sorted({*ends, len(val_ids) - 1}):
-        edges += [*range(edges[-1] + gpt_cfg.block_size, end, gpt_cfg.block_size), end]
-    return tok, train_ids, starts, val_ids, torch.tensor(edges), len(val.encode()), entropy
+        starts = document_ends(tok, train_ids[: len(starts)], train_text)
+        ends = document_ends(tok, val_ids, val_text).tolist()
+    edges = row_edges(ends, len(val_ids), gpt_cfg.block_size)
+    return Data(tok, train_ids, starts, val_ids, edges, len(val_text.encode()), entropy)
+
 
 def get_batch(ids, starts, step, cfg, block_size):
-    """The batch of a step depends on seed and step alone: (batch_size, T) inputs, and the same shifted by one.
+    """The batch of a step: inputs (batch_size, T), and targets, the same text shifted by one.
 
-    So a resumed run needs no generator's state, and each process of a DDP run takes its rows of the one batch.
+    It depends on the seed and the step alone, so a run can be repeated or resumed anywhere.
     """
-    g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    rows = starts[torch.randint(len(starts), (cfg.batch_size, 1), generator=g)]
-    window = ids[rows + torch.arange(block_size + 1)]  # (batch_size, T + 1)
+    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    choice = torch.randint(len(starts), (cfg.batch_size, 1), generator=generator)
+    window = ids[starts[choice] + torch.arange(block_size + 1)]  # (batch_size, T + 1)
     return window[:, :-1], window[:, 1:]
 
-# learning rate, optimizers, gradients --------------------------------------------------------------------------------
+
+# learning rate and optimizers ---------------------------------------------------------------------
+
 
 def lr_scale(step, cfg):
-    """Warmup, stable, linear decay (WSD, Hu et al. 2024): the rate's share of its peak, for steps 0, 1, ..."""
-    rise = (step + 1) / max(1.0, cfg.warmup * cfg.steps)  # step 0 learns already
+    """The learning rate of a step (0, 1, ...) as a share of its peak: warm up, hold, then decay
+    linearly to 0 (WSD, Hu et al. 2024)."""
+    rise = (step + 1) / max(1.0, cfg.warmup * cfg.steps)  # the first step learns already
     fall = (cfg.steps - step) / max(1.0, cfg.decay * cfg.steps)  # and the last step still does
-    return max(0.0, min(1.0, rise, fall))  # 0 for ever after
+    return max(0.0, min(1.0, rise, fall))
+
+
+def orthogonalize(matrix):
+    """Brings the singular values of a matrix (rows, columns) near 1 and keeps its singular vectors:
+    five steps of a Newton-Schulz iteration (Jordan et al. 2024). Afterwards they are between 0.7
+    and 1.2, apart from those that were below 1/500 of the norm of the matrix.
+
+    Each step applies f(s) = a s + b s^3 + c s^5 to every singular value s. The constants are tuned
+    to let small values grow as fast as possible; the price is that f does not converge to 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # CPUs only emulate bf16 products
+    x = matrix.to(dtype)
+
+    # The wide form makes the products x x^T small. Scaling brings all singular values below 1.
+    tall = x.size(0) > x.size(1)
+    if tall:
+        x = x.T
+    x = x / (x.norm() + 1e-7)
+
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+
+    if tall:
+        x = x.T
+    return x.to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Jordan et al. 2024, "Muon"). All directions of a matrix get updates
+    of the same size, also those in which its gradient is weak.
+
+    An update has RMS 0.2 lr, about that of AdamW, so that learning rates and weight decay carry
+    over (Liu et al. 2025, "Muon is scalable", eq. 4). For hidden matrices only.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+
+                # Nesterov momentum: the running mean of the gradients, one step ahead.
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(state["momentum"], group["momentum"])
+
+                # An orthogonal matrix has RMS 1 / sqrt(its longer side). Bring it to 0.2.
+                update = orthogonalize(ahead) * 0.2 * max(p.shape) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * update)
+
 
 def make_optimizers(model, cfg):
-    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for all else.
+    """Muon for the blocks' matrices, AdamW for all other parameters -> a list of both.
 
-    Muon replaces a matrix's momentum by the nearest orthogonal one: all its directions move alike. That suits matrices
-    in the middle of the net, not tables whose rows are looked up or compared one by one.
+    Muon suits matrices in the middle of the network. The rows of the embedding and of the head are
+    looked up or compared one by one, and gains are vectors: these are for AdamW.
     """
-    inside = {n for n, p in model.named_parameters() if n.startswith("h.") and p.ndim == 2 and "router" not in n}
-    hidden = [p for n, p in model.named_parameters() if n in inside]
-    others = [p for n, p in model.named_parameters() if n not in inside]
-    muon = torch.optim.Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, lr=cfg.lr_adamw, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
-    for opt in (muon, adamw):
-        for group in opt.param_groups:
-            group["peak"] = group["lr"]
-    return muon, adamw
+    hidden = []
+    others = []
+    for name, p in model.named_parameters():
+        if name.startswith("h.") and p.ndim == 2:
+            hidden.append(p)
+        else:
+            others.append(p)
+    muon = Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    adamw = torch.optim.AdamW(
+        others, lr=cfg.lr_adamw, betas=(0.9, 0.95), weight_decay=cfg.weight_decay
+    )
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return [muon, adamw]
 
-def backward(model, x, y, accum, autocast, scaler):
-    """The gradient of the batch's mean loss, in accum equal micro-batches -> the loss."""
-    total = 0.0
-    for i, (xb, yb) in enumerate(zip(x.chunk(accum), y.chunk(accum))):
-        last = i == accum - 1
-        with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-            with autocast():
-                loss = model(xb, yb)[1] / accum  # means of equal micro-batches: their mean is the batch's
-            scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
 
-# evaluate, save ------------------------------------------------------------------------------------------------------
+def set_lr(optimizers, scale):
+    """Sets every learning rate to a share of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
+# gradients ----------------------------------------------------------------------------------------
+
+
+def backward(model, x, y, cfg, autocast, scaler):
+    """Adds up the gradient of the batch's mean loss over cfg.accum micro-batches of equal size
+    -> the loss (nats per token)."""
+    total_loss = 0.0
+    micro_batches = zip(x.chunk(cfg.accum), y.chunk(cfg.accum))
+    for micro_x, micro_y in micro_batches:
+        with autocast():
+            _, loss = model(micro_x, micro_y)
+        loss = loss / cfg.accum  # the mean of the micro-batches' means is the batch's mean
+        scaler.scale(loss).backward()  # scaled up, so that fp16 gradients do not vanish
+        total_loss += loss.detach()
+    return total_loss
+
+
+# evaluate, draw -----------------------------------------------------------------------------------
+
+
+class Evaluation(NamedTuple):
+    loss: float  # nats per byte, which tokenizers of any size can be compared by
+    accuracy: float  # share of next tokens that the model finds likeliest
+
 
 @torch.no_grad()
 def evaluate(model, ids, edges, n_bytes, device, autocast):
-    """The whole validation split, a row from each edge to the next -> nats per byte (comparable between tokenizers),
-    next-token accuracy."""
-    nats = right = 0
+    """The model on the whole validation text, one row from each edge to the next -> Evaluation."""
+    nats = 0.0
+    correct = 0
     for i in range(0, len(edges) - 1, 64):
-        first, last = edges[i:i + 65][:-1, None], edges[i:i + 65][1:, None]
-        pos = first + torch.arange((last - first).max())  # (rows, T)
-        x, y = ids[pos.clamp(max=len(ids) - 2)], ids[(pos + 1).clamp(max=len(ids) - 1)]
-        y = y.masked_fill(pos >= last, -100)  # what cross-entropy leaves out
+        first = edges[i : i + 65][:-1, None]  # (rows, 1)
+        last = edges[i : i + 65][1:, None]  # (rows, 1)
+
+        # Rows of different lengths: positions after a row's last token are not targets.
+        position = first + torch.arange((last - first).max())  # (rows, T)
+        x = ids[position.clamp(max=len(ids) - 2)]
+        y = ids[(position + 1).clamp(max=len(ids) - 1)]
+        y = y.masked_fill(position >= last, -100)  # cross-entropy leaves out -100
+
         with autocast():
             logits, loss = model(x.to(device), y.to(device))
         nats += loss.item() * (last - first).sum().item()
-        right += (logits.argmax(dim=-1).cpu() == y).sum().item()
-    return nats / n_bytes, right / (len(ids) - 1)
+        correct += (logits.argmax(dim=-1).cpu() == y).sum().item()
+    return Evaluation(nats / n_bytes, correct / (len(ids) - 1))
 
-def save(cfg, step, model, optimizers, scaler):
-    """What only a resume needs, in out/resume.pt."""
+
+def draw(records, title, entropy, path):
+    """The training loss per token, and the validation loss per byte beside the true entropy."""
+    fig, ax = figure(title, "optimizer step", "nats per token")
+    steps = [record["step"] for record in records]
+    losses = [record["loss"] for record in records]
+    ax.plot(steps, losses, alpha=0.6, label="training batch, per token")
+
+    per_byte = ax.twinx()
+    evaluations = [record for record in records if "val_loss" in record]
+    steps = [record["step"] for record in evaluations]
+    losses = [record["val_loss"] for record in evaluations]
+    per_byte.plot(steps, losses, "o-", color="C1", label="validation text, per byte")
+    if entropy:
+        label = f"true entropy of the world, {entropy:.3f} per byte"
+        per_byte.axhline(entropy, color="C2", linestyle="--", label=label)
+    per_byte.set(ylabel="nats per byte", ylim=(0, None))
+    fig.legend(loc="outside lower center", ncols=3)
+    save_figure(fig, path)
+
+
+# resume -------------------------------------------------------------------------------------------
+
+
+def save_resume_point(out, step, cfg, model, optimizers, scaler):
+    """Writes out/resume.pt: all that a run needs to go on at this step, besides the data."""
     save_checkpoint(
-        Path(cfg.out) / "resume.pt", kind="resume", changed=cfg.changed, step=step, config=asdict(cfg),
-        **model.to_checkpoint(), optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
+        out / "resume.pt",
+        kind="resume",
+        changed=cfg.changed,
+        step=step,
+        config=asdict(cfg),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+        scaler=scaler.state_dict(),
+        **model.to_checkpoint(),
     )
 
+
+def load_resume_point(out, cfg, gpt_cfg):
+    """Reads out/resume.pt -> its content. Stops with an error if this run has other options."""
+    point = load_checkpoint(out / "resume.pt", "resume")
+
+    # Options that do not change the model or the order of the data. The data may have moved.
+    free = ["data", "steps", "eval_every", "save_every", "resume", "target_loss", "device", "out"]
+    saved = point["config"]
+    current = asdict(cfg)
+    for name in free:
+        saved.pop(name)
+        current.pop(name)
+    if saved != current or point["gpt_config"] != asdict(gpt_cfg):
+        fail("--resume: out/resume.pt was written with other options; repeat those of that command")
+    if point["step"] >= cfg.steps:
+        fail(f"--resume: out/resume.pt is already at step {point['step']}; ask for more --steps")
+    return point
+
+
+def resume_from(point, model, optimizers, scaler):
+    """Puts everything back as it was at the resume point -> the step to go on with."""
+    model.load_state_dict(point["weights"])
+    for optimizer, state in zip(optimizers, point["optimizers"]):
+        optimizer.load_state_dict(state)
+    scaler.load_state_dict(point["scaler"])
+    return point["step"]
+
+
 if __name__ == "__main__":
-    cfg, gpt_cfg = cli(Config(), GPTConfig(vocab_size=1024, block_size=72, n_layer=3))
-    device, autocast = setup(cfg)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    cfg, gpt_cfg = parse_args(Config, GPTConfig, vocab_size=1024, block_size=72, n_layer=3)
+    set_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    autocast = autocast_for(device, dtype)
 
     # data
-    tok, train_ids, starts, val_ids, edges, val_bytes, entropy = load_data(cfg, gpt_cfg)
-    mine = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)  # this process's rows of a batch
+    data = load_data(cfg, gpt_cfg)
+    out = output_folder(cfg)
 
-    # model and optimizers
+    # model and optimizers; the scaler does nothing unless the dtype is fp16
     model = GPT(gpt_cfg).to(device)
     optimizers = make_optimizers(model, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
-    first = 0
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    first_step = 0
     if cfg.resume:
-        point = load_checkpoint(Path(cfg.out) / "resume.pt", "resume")
-        free = {"data", "steps", "eval_every", "save_every", "resume", "target_loss", "device", "out"}  # data may move
-        then, now = ({k: v for k, v in z.items() if k not in free} for z in (point["config"], asdict(cfg)))
-        if point["gpt_config"] != asdict(gpt_cfg) or then != now:
-            fail("--resume: out/resume.pt was written with other options: repeat those of that command")
-        model.load_state_dict(point["weights"])
-        for opt, state in zip(optimizers, point["optimizers"]):
-            opt.load_state_dict(state)
-        scaler.load_state_dict(point["scaler"])
-        first = point["step"]
-        if first >= cfg.steps:
-            fail(f"--resume: out/resume.pt is at step {first} already: ask for more --steps")
-    net = DistributedDataParallel(model) if world > 1 else model
+        point = load_resume_point(out, cfg, gpt_cfg)
+        first_step = resume_from(point, model, optimizers, scaler)
     params = sum(p.numel() for p in model.parameters())
-    log = Log(cfg, cfg.steps, resume_step=first)
-    board = SummaryWriter(cfg.out, purge_step=first) if rank == 0 else None
-    if rank == 0:
-        print(f"{params:,} parameters, vocabulary {tok.vocab_size}, {len(train_ids):,} tokens, {device} {cfg.dtype}")
+    print(
+        f"{params:,} parameters, vocabulary {data.tok.vocab_size}, "
+        f"{len(data.train_ids):,} training tokens, {device} {dtype}"
+    )
 
-    # loop
-    val_loss, seconds, reached = float("nan"), 0.0, False
-    for step in range(first, cfg.steps):
+    # training loop
+    log = Log(out, cfg.steps, resume_step=first_step)
+    board = SummaryWriter(out, purge_step=first_step)
+    seconds = 0.0
+    for step in range(first_step, cfg.steps):
         start = time.time()
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group["lr"] = group["peak"] * lr_scale(step, cfg)
-        x, y = get_batch(train_ids, starts, step, cfg, gpt_cfg.block_size)
-        loss = backward(net, x[mine].to(device), y[mine].to(device), cfg.accum, autocast, scaler)
-        for opt in optimizers:
-            scaler.unscale_(opt)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
-        for opt in optimizers:
-            scaler.step(opt)
-            opt.zero_grad(set_to_none=True)
+        set_lr(optimizers, lr_scale(step, cfg))
+
+        # forward and backward
+        x, y = get_batch(data.train_ids, data.starts, step, cfg, gpt_cfg.block_size)
+        loss = backward(model, x.to(device), y.to(device), cfg, autocast, scaler)
+
+        # update, with the gradient's norm limited; it must be unscaled to be measured
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        max_norm = cfg.grad_clip if cfg.grad_clip > 0 else float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         scaler.update()
-        if world > 1:
-            dist.all_reduce(loss, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-            loss = loss if device.type == "cuda" else loss / world
         seconds += time.time() - start
 
-        # once in a while: evaluate, save
-        values = {"loss": loss.item(), "lr": cfg.lr * lr_scale(step, cfg), "grad_norm": norm.item()}
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            val_loss, accuracy = evaluate(model, val_ids, edges, val_bytes, device, autocast)
-            values |= {"val_loss": val_loss, "val_accuracy": accuracy}
-            reached = val_loss <= cfg.target_loss
+        # once in a while: evaluate
+        values = {
+            "loss": loss.item(),
+            "lr": cfg.lr * lr_scale(step, cfg),
+            "grad_norm": grad_norm.item(),
+        }
+        last_step = step + 1 == cfg.steps
+        reached = False
+        if (step + 1) % cfg.eval_every == 0 or last_step:
+            val = evaluate(model, data.val_ids, data.edges, data.val_bytes, device, autocast)
+            values["val_loss"] = val.loss
+            values["val_accuracy"] = val.accuracy
+            reached = val.loss <= cfg.target_loss
         log(step, **values)
-        if rank == 0:
-            for key, value in values.items():
-                board.add_scalar(key, value, step)
-            if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-                save(cfg, step + 1, model, optimizers, scaler)
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+
+        # once in a while: save what a resume needs
+        if (step + 1) % cfg.save_every == 0 and not last_step:
+            save_resume_point(out, step + 1, cfg, model, optimizers, scaler)
         if reached:
             break
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        sys.exit(0)
     board.close()
+    steps_done = step + 1
 
-    # what it learned
-    if cfg.target_loss:
-        said = f"reached {val_loss:.4f} nats per byte" if reached else f"NOT reached: {val_loss:.4f} nats per byte"
-        print(f"target {cfg.target_loss}: {said} after {step + 1} steps, {seconds:.1f} s of training")
-    path = Path(cfg.out) / "base.pt"
-    save_checkpoint(path, kind="base", changed=cfg.changed, step=cfg.steps, config=asdict(cfg), **model.to_checkpoint(),
-                    tokenizer=tok.state())
-    save(cfg, step + 1, model, optimizers, scaler)  # last: a run that dies before this point can be resumed before it
-    save_metrics(cfg, val_loss=val_loss, val_accuracy=accuracy, true_nats_per_byte=entropy, seconds=seconds,
-                 steps=step + 1, params=params, vocab_size=tok.vocab_size, seed=cfg.seed)
-    start = torch.tensor([tok.encode(".\n\nWrite a story about a fox named Mia")], device=device)
-    print(tok.decode(model.generate(start, 80, temperature=0.8)[0].tolist())[3:])
+    if cfg.target_loss > 0:
+        verb = "reached" if reached else "NOT reached"
+        print(
+            f"target {cfg.target_loss} {verb}: {val.loss:.4f} nats per byte after {steps_done} "
+            f"steps, {seconds:.1f} s of training"
+        )
 
-    # figure
-    records = read_jsonl(Path(cfg.out) / "log.jsonl", ["step", "loss"])
-    fig, ax = figure(f"{val_loss:.3f} nats per byte on new text after {seconds:.0f} s", "step", "nats per token")
-    ax.plot([r["step"] for r in records], [r["loss"] for r in records], alpha=0.6, label="training batch, per token")
-    evals = [r for r in records if "val_loss" in r]
-    right = ax.twinx()
-    right.plot([r["step"] for r in evals], [r["val_loss"] for r in evals], "o-", color="C1", label="new text, per byte")
-    if entropy:
-        right.axhline(entropy, color="C2", linestyle="--", label=f"the world's true entropy, {entropy:.3f}")
-    right.set(ylabel="nats per byte", ylim=(0, None))
-    fig.legend(loc="outside lower center", ncols=3)
-    save_figure(fig, Path(cfg.out) / "train.png")
+    # save the model and what it reached; the resume point comes last, so that a run that dies
+    # before it can be resumed from an earlier one
+    save_checkpoint(
+        out / "base.pt",
+        kind="base",
+        changed=cfg.changed,
+        step=steps_done,
+        config=asdict(cfg),
+        tokenizer=data.tok.state(),
+        **model.to_checkpoint(),
+    )
+    save_resume_point(out, steps_done, cfg, model, optimizers, scaler)
+    save_metrics(
+        out,
+        val_loss=val.loss,
+        val_accuracy=val.accuracy,
+        true_nats_per_byte=data.entropy,
+        seconds=seconds,
+        steps=steps_done,
+        params=params,
+        vocab_size=data.tok.vocab_size,
+        seed=cfg.seed,
+    )
+
+    # show what it learned
+    prompt = data.tok.encode(".\n\nWrite a story about a fox named Mia")
+    ids = model.generate(torch.tensor([prompt], device=device), 80, temperature=0.8)
+    print(data.tok.decode(ids[0].tolist()).removeprefix(".\n\n"))
+    title = f"{val.loss:.3f} nats per byte on new text after {seconds:.0f} s"
+    records = read_jsonl(out / "log.jsonl", ["step", "loss"])
+    draw(records, title, data.entropy, out / "train.png")

@@ -1,140 +1,287 @@
 """
-Part 6 - what the loss counts: answers alone or prompts too, on short and on long answers; the end token in it or not.
+Part 6: which tokens should count in the loss? Only the answers or the prompts too, for short and
+for long answers, and with or without the end token.
 
     python part_6/demo_masking.py
     python part_6/demo_masking.py --seeds=3
 
-Six short trainings from the base model. With the prompt in the loss, its tokens share the gradient with the answer's:
-that is most of a short answer's loss and a third of a story's. Masking is the custom, not a law: Shi et al. 2024
-("Instruction Tuning With Loss Over Instructions") find the opposite for few examples with short answers.
-The end token is one label of many, and the only one that teaches to stop.
-Reduced: 100 steps of 32 instead of 400, and one model per kind of answer.
+It trains six models from the base model: each of the three losses, on short and on long answers.
+
+If the prompt counts, its tokens share the gradient with the answer's. They are most of the loss if
+answers are short, and a third if the answer is a story. To leave them out is a custom, not a law:
+Shi et al. 2024 ("Instruction Tuning With Loss Over Instructions") find that counting them helps
+when the prompts are long, the answers short and the demonstrations few.
+
+The end token is one target of many, but the only one that teaches the model to stop.
+
+The trainings are short: 100 steps instead of train_sft.py's 400.
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from model import GPT
-from shared import Log, cli, fail, figure, judge, load_checkpoint, require, save_figure, save_metrics, setup
+from shared import (
+    Log,
+    autocast_for,
+    fail,
+    figure,
+    judge,
+    load_checkpoint,
+    output_folder,
+    parse_args,
+    pick_device,
+    pick_dtype,
+    require,
+    save_figure,
+    save_metrics,
+    set_seed,
+)
 from tokenizer import Tokenizer
-from train_sft import Config as SFTConfig, evaluate, get_batch, load_data, lr_scale, make_optimizers, order, respond
+from train_sft import Config as SFTConfig
+from train_sft import (
+    encode_records,
+    evaluate,
+    get_batch,
+    load_data,
+    lr_scale,
+    make_optimizers,
+    order,
+    respond,
+    set_lr,
+)
 
-ARMS = ["answers only", "prompts too", "without the end token"]
+KINDS = ["short", "long"]  # of answers
+ARMS = ["answers only", "prompts too", "without the end token"]  # what counts in the loss
+
 
 @dataclass
 class Config:
-    init: str = "part_4/out/base.pt"  # the base model's checkpoint
-    data: str = "stories"  # or the path of a JSONL file with instruction, input, output and check
-    short: int = 16  # an answer of at most so many tokens is short
+    init: str = "part_4/out/base.pt"  # checkpoint of the base model
+    data: str = "stories"  # stories or a JSONL file with instruction, input, output and check
+    short: int = 16  # an answer of at most this many tokens is short
     block_size: int = 128  # longest prompt and answer, in tokens
-    steps: int = 100  # optimizer steps per training
+    steps: int = 100  # optimizer steps of each training
     batch_size: int = 32  # demonstrations per step
-    prompts: int = 256  # held-out answers of each kind that are sampled and judged
-    seeds: int = 1  # how many seeds; the README quotes 3
-    seed: int = 0  # the first of them
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    prompts: int = 256  # held-out requests of each kind that are answered and judged
+    seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
+    seed: int = 0  # seed of all random numbers
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
+
     def __post_init__(self):
-        assert min(self.steps, self.batch_size, self.prompts, self.seeds) > 0, "steps, batch_size, prompts, seeds: >= 1"
+        for name in ("steps", "batch_size", "prompts", "seeds"):
+            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+
+
+# what counts in the loss --------------------------------------------------------------------------
+
 
 def relabel(records, arm):
-    """The same tokens. get_batch labels what stands under "answer"; nothing could predict the first token."""
+    """get_batch makes targets of the tokens in "answer_ids". For "prompts too" the prompt moves
+    there, without its first token, because nothing stands before it to predict it."""
     if arm != "prompts too":
         return records
-    return [{"prompt": r["prompt"][:1], "answer": r["prompt"][1:] + r["answer"]} for r in records]
+    relabelled = []
+    for record in records:
+        prompt = record["prompt_ids"]
+        answer = record["answer_ids"]
+        moved = {"prompt_ids": prompt[:1], "answer_ids": prompt[1:] + answer}
+        relabelled.append({**record, **moved})
+    return relabelled
 
-def batch(records, step, sft, arm, end):
-    """One step's x (B, T) and labels (B, T), -100 where the loss does not look."""
-    x, y = get_batch(records, step, sft)
-    return x, y.masked_fill(y == end, -100) if arm == "without the end token" else y
 
-def train(model, records, arm, sft, end, device, autocast, log, first):
-    """SFT of `model`, in place, with the labels of `arm`."""
-    optimizers, records = make_optimizers(model, sft), relabel(records, arm)
-    for step in range(sft.steps):
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group["lr"] = group["peak"] * lr_scale(step, sft)
-        x, y = batch(records, step, sft, arm, end)
+def get_arm_batch(records, step, sft_cfg, arm, end):
+    """The inputs (B, T) and targets (B, T) of a step, with targets of -100 where the loss of this
+    arm does not count. The records must come from relabel."""
+    inputs, targets = get_batch(records, step, sft_cfg)
+    if arm == "without the end token":
+        targets = targets.masked_fill(targets == end, -100)
+    return inputs, targets
+
+
+def answer_share(records):
+    """The share of the answers in all targets if prompts count, too."""
+    answer_tokens = sum(len(record["answer_ids"]) for record in records)
+    prompt_tokens = sum(len(record["prompt_ids"]) - 1 for record in records)
+    return answer_tokens / (prompt_tokens + answer_tokens)
+
+
+# short trainings ----------------------------------------------------------------------------------
+
+
+def train(model, records, arm, sft_cfg, end, device, autocast, log, first_step, kind):
+    """train_sft.py's loop without evaluations. Several runs share one log, in which this one's
+    steps count from first_step."""
+    optimizers = make_optimizers(model, sft_cfg)
+    records = relabel(records, arm)
+    for step in range(sft_cfg.steps):
+        set_lr(optimizers, lr_scale(step, sft_cfg))
+
+        inputs, targets = get_arm_batch(records, step, sft_cfg, arm, end)
         with autocast():
-            loss = model(x.to(device), y.to(device))[1]
+            _, loss = model(inputs.to(device), targets.to(device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), sft.grad_clip)
-        for opt in optimizers:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-        log(first + step, arm=arm, loss=loss.item())
 
-def score(model, tok, records, sft, prompts, device, autocast):
-    """-> nats per held-out answer token, share of sampled answers that pass, share that end."""
-    asked = [r for r in records if "check" in r][:prompts]
-    answers = respond(model, tok, asked, sft)
-    passed = [judge(r, tok.decode(ids), ended)[2] for r, (ids, ended) in zip(asked, answers)]
-    return evaluate(model, records, sft, device, autocast), np.mean(passed), np.mean([ended for _, ended in answers])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), sft_cfg.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        log(first_step + step, kind=kind, arm=arm, loss=loss.item())
 
-def difference(a, b):
-    """Two arms, a value per seed -> words: b's mean minus a's, or that the seeds do not agree on its sign."""
-    d = np.subtract(b, a)
-    return f"{d.mean():+.3f} nats" if (d > 0).all() or (d < 0).all() else "no difference"
 
-def draw(found, said, path):
-    """found (seeds, short or long, arm, measure): bars of the means, a dot per seed."""
-    fig, axes = figure(said, columns=3, height=4.4)
-    drawn, panels = {}, [("nats per answer token, held out", [0, 1]),
-                         ("share of answers that pass", [0, 1]),
-                         ("share of answers that end", [0, 2])]
-    for measure, (ax, (label, arms)) in enumerate(zip(axes, panels)):
+class Score(NamedTuple):
+    nats: float  # loss per held-out answer token; the end token counts, whatever the training did
+    passes: float  # share of sampled answers that pass all checks
+    ends: float  # share of sampled answers that end
+
+
+def score(model, tok, records, sft_cfg, prompts, device, autocast):
+    """Measures a model on held-out records -> Score."""
+    asked = [record for record in records if record.get("check")][:prompts]
+    answers = respond(model, tok, asked, sft_cfg.max_new_tokens)
+    passed = []
+    for record, answer in zip(asked, answers):
+        passed.append(judge(record, answer.text, answer.ended).passed)
+    nats = evaluate(model, records, device, autocast)
+    ends = [answer.ended for answer in answers]
+    return Score(nats, float(np.mean(passed)), float(np.mean(ends)))
+
+
+def difference(before, after):
+    """Two lists of nats, one value per seed -> the mean difference as text, or "no difference" if
+    the seeds do not agree on its sign."""
+    differences = np.subtract(after, before)
+    same_sign = (differences > 0).all() or (differences < 0).all()
+    return f"{differences.mean():+.3f} nats" if same_sign else "no difference"
+
+
+# figure -------------------------------------------------------------------------------------------
+
+
+def draw(values, title, path):
+    """values[measure][kind, arm] is an array with one number per seed. One panel per measure: bars
+    are means, dots are seeds."""
+    panels = [
+        ("nats", "nats per answer token, held out", ["answers only", "prompts too"]),
+        ("passes", "share of answers that pass", ["answers only", "prompts too"]),
+        ("ends", "share of answers that end", ["answers only", "without the end token"]),
+    ]
+    fig, axes = figure(title, columns=3, height=4.6)
+    bars = {}
+    for ax, (measure, label, arms) in zip(axes, panels):
+        highest = 0.0
         for i, arm in enumerate(arms):
-            x = np.arange(2) + 0.4 * i - 0.2
-            drawn[ARMS[arm]] = ax.bar(x, found[:, :, arm, measure].mean(axis=0), 0.38, color=f"C{arm}", alpha=0.8)
-            ax.plot(np.tile(x, (len(found), 1)), found[:, :, arm, measure], "k.", markersize=4)
-            for at, value in zip(x, found[:, :, arm, measure].mean(axis=0)):
-                ax.annotate(f"{value:.2f}", (at, value), ha="center", va="bottom", fontsize=8)
-        top = max(0.1, 1.15 * found[:, :, arms, measure].max())
-        ax.set(xlabel="answers", ylabel=label, ylim=(0, top), xticks=[0, 1], xticklabels=["short", "long"])
-    fig.legend(drawn.values(), drawn, title="the loss counts", loc="outside lower center", ncols=3)
+            for k, kind in enumerate(KINDS):
+                seeds = values[measure][kind, arm]
+                mean = seeds.mean()
+                x = k + 0.4 * i - 0.2
+                colour = f"C{ARMS.index(arm)}"
+                bars[arm] = ax.bar(x, mean, width=0.38, color=colour, alpha=0.8)
+                ax.plot([x] * len(seeds), seeds, "k.", markersize=4)
+                ax.annotate(f"{mean:.2f}", (x, mean), ha="center", va="bottom", fontsize=8)
+                highest = max(highest, seeds.max())
+        ax.set_xticks([0, 1], KINDS)
+        ax.set(xlabel="answers", ylabel=label, ylim=(0, max(0.1, 1.15 * highest)))
+    fig.legend(
+        bars.values(),
+        bars.keys(),
+        title="what counts in the loss",
+        loc="outside lower center",
+        ncols=3,
+    )
     save_figure(fig, path)
 
-if __name__ == "__main__":
-    cfg = cli(Config())
-    device, autocast = setup(cfg)
-    base = load_checkpoint(require(cfg.init), "base")
-    tok = Tokenizer.load(base["tokenizer"])
-    base["gpt_config"]["block_size"] = cfg.block_size
-    splits = load_data(cfg, tok, cfg.block_size)
-    kinds = [[[r for r in part if (len(r["answer"]) <= cfg.short) == short] for part in splits] for short in (1, 0)]
-    for name, (demos, val) in zip(("short", "long"), kinds):
-        demos and any("check" in r for r in val) or fail(f"--short={cfg.short}: no {name} answers with a check")
-        share = sum(len(r["answer"]) for r in demos) / sum(len(r["prompt"]) + len(r["answer"]) - 1 for r in demos)
-        print(f"{name}: {len(demos):,} demonstrations, {share:.0%} of their labels are the answer's")
 
-    # six trainings per seed: the same base, the same batches
-    log = Log(cfg, 6 * cfg.seeds * cfg.steps, name="demo_masking")
-    found = np.zeros((cfg.seeds, 2, 3, 3))
-    for i, (seed, kind, arm) in enumerate(np.ndindex(cfg.seeds, 2, 3)):
-        sft = SFTConfig(steps=cfg.steps, batch_size=cfg.batch_size, seed=cfg.seed + seed)
-        demos, val = kinds[kind]
-        model = GPT.load(base).to(device)
-        demos = [demos[j] for j in order(demos, sft)]
-        train(model, demos, ARMS[arm], sft, tok.special["<|end|>"], device, autocast, log, i * cfg.steps)
-        torch.manual_seed(sft.seed)  # the arms draw the same random numbers
-        found[seed, kind, arm] = score(model, tok, val, sft, cfg.prompts, device, autocast)
+if __name__ == "__main__":
+    cfg = parse_args(Config)
+    set_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    autocast = autocast_for(device, pick_dtype("", device))
+
+    # data first: a broken file must not wait for a base model to be built
+    train_records, val_records = load_data(cfg)
+    base = load_checkpoint(require(cfg.init), "base")
+    base["gpt_config"]["block_size"] = cfg.block_size
+    tok = Tokenizer.load(base["tokenizer"])
+    end = tok.special["<|end|>"]
+    train_records = encode_records(train_records, tok, cfg.block_size)
+    val_records = encode_records(val_records, tok, cfg.block_size)
+
+    # short and long answers, the end token included
+    train_of = {"short": [], "long": []}
+    val_of = {"short": [], "long": []}
+    for records, records_of in ((train_records, train_of), (val_records, val_of)):
+        for record in records:
+            kind = "short" if len(record["answer_ids"]) <= cfg.short else "long"
+            records_of[kind].append(record)
+    for kind in KINDS:
+        has_checks = any(record.get("check") for record in val_of[kind])
+        if not train_of[kind] or not has_checks:
+            fail(f"--short={cfg.short} leaves no {kind} answers to train on, or none with a check")
+        share = answer_share(train_of[kind])
+        print(f"{kind}: {len(train_of[kind]):,} demonstrations, answers are {share:.0%} of tokens")
+    out = output_folder(cfg)
+
+    # six trainings per seed: the arms start from the same model and see the same batches
+    log = Log(out, cfg.seeds * len(KINDS) * len(ARMS) * cfg.steps, name="demo_masking")
+    scores = {(kind, arm): [] for kind in KINDS for arm in ARMS}
+    first_step = 0
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        sft_cfg = SFTConfig(steps=cfg.steps, batch_size=cfg.batch_size, seed=seed)
+        for kind, arm in scores:
+            model = GPT.load(base).to(device)
+            records = [train_of[kind][i] for i in order(train_of[kind], sft_cfg)]
+            train(model, records, arm, sft_cfg, end, device, autocast, log, first_step, kind)
+            first_step += cfg.steps
+
+            # The arms draw the same random numbers when they answer.
+            torch.manual_seed(seed)
+            result = score(model, tok, val_of[kind], sft_cfg, cfg.prompts, device, autocast)
+            scores[kind, arm].append(result)
 
     # what came out
-    print("answers  the loss counts          nats/token  pass   end")
-    for kind, arm in np.ndindex(2, 3):
-        means = found[:, kind, arm].mean(axis=0)
-        print(f"{('short', 'long')[kind]:8} {ARMS[arm]:24} {means[0]:9.3f} {means[1]:6.3f} {means[2]:6.3f}")
-    short, long = (difference(found[:, kind, 0, 0], found[:, kind, 1, 0]) for kind in (0, 1))
-    ended, not_ended, one = found[:, :, 0, 2].mean(), found[:, :, 2, 2].mean(), " (one seed)" * (cfg.seeds == 1)
-    said = (f"Prompts in the loss too: short answers {short}, long answers {long};\n"
-            f"answers that end: {ended:.2f}; without the end token in the loss {not_ended:.2f}{one}")
-    print(said)
-    draw(found, said, Path(cfg.out) / "demo_masking.png")
-    numbers = {f"{('short', 'long')[kind]} {ARMS[arm]} {name}".replace(" ", "_"): found[:, kind, arm, m].tolist()
-               for kind, arm in np.ndindex(2, 3) for m, name in enumerate(("nats", "pass", "end"))}
-    save_metrics(cfg, name="demo_masking", **numbers, steps=cfg.steps, seeds=cfg.seeds, seed=cfg.seed)
+    values = {}
+    for measure in Score._fields:
+        values[measure] = {}
+        for key, results in scores.items():
+            values[measure][key] = np.array([getattr(result, measure) for result in results])
+
+    print("answers  what counts in the loss  nats/token   pass    end")
+    for kind, arm in scores:
+        means = [values[measure][kind, arm].mean() for measure in Score._fields]
+        print(f"{kind:8} {arm:24} {means[0]:9.3f} {means[1]:6.3f} {means[2]:6.3f}")
+
+    nats = values["nats"]
+    change = {kind: difference(nats[kind, ARMS[0]], nats[kind, ARMS[1]]) for kind in KINDS}
+    ends = values["ends"]
+    with_end = np.mean([ends[kind, "answers only"] for kind in KINDS])
+    without_end = np.mean([ends[kind, "without the end token"] for kind in KINDS])
+    title = (
+        "Held-out loss if prompts count, too:\n"
+        f"short answers {change['short']}, long answers {change['long']}\n"
+        f"Share of answers that end: {with_end:.2f}; "
+        f"without the end token in the loss: {without_end:.2f}"
+    )
+    if cfg.seeds == 1:
+        title += " (one seed)"
+    print(title)
+    draw(values, title, out / "demo_masking.png")
+
+    short_names = {"nats": "nats", "passes": "pass", "ends": "end"}
+    numbers = {}
+    for kind, arm in scores:
+        for measure, name in short_names.items():
+            key = f"{kind} {arm} {name}".replace(" ", "_")
+            numbers[key] = values[measure][kind, arm].tolist()
+    save_metrics(
+        out, name="demo_masking", **numbers, steps=cfg.steps, seeds=cfg.seeds, seed=cfg.seed
+    )

@@ -1,140 +1,334 @@
 """
-Part 8 - over-optimisation: the harder one picks by a reward model's score, the less the score means.
+Part 8: over-optimization. The harder we select by a reward model's score, the less the score means.
 
     python part_8/demo_overoptimization.py --seeds=3
-    python part_8/demo_overoptimization.py --pairs=64,256,1024,12000,0 --prompts=64     smoother, some minutes
+    python part_8/demo_overoptimization.py --pairs=64,256,1024,12000,0 --prompts=64
+                                                smoother, takes some minutes
 
-Gao, Schulman & Hilton 2022 in small, for best-of-n; demo_kl_penalty.py is about PPO. The best of n answers by a reward
-model is log n - (n - 1) / n nats from the policy, without any training. With d = sqrt(KL) the paper fits gold's gain by
-d (a - b d), highest at d = a / 2b. All n share one set of samples, and the mean is over all its subsets of n, so the
-curve is unbiased (Nakano et al. 2021). Here a reward model trains for seconds, from the SFT policy's trunk.
+A small version of Gao, Schulman and Hilton (2022) for best-of-n; demo_kl_penalty.py is about PPO.
+Take the best of n answers by a reward model: that is optimization without any training, and its
+distance from the policy is known, log n - (n - 1) / n nats. With d = sqrt(KL) the paper fits the
+gold that it gains by d (a - b d), which is highest at d = a / 2b.
+
+All n share one set of N samples. The gold of the best of n is averaged over all subsets of n of
+them, so that the curve is unbiased and smooth (Nakano et al. 2021). The reward models train for
+seconds, from the trunk of the SFT policy.
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-import train_ppo
 from model import GPT, RewardModel
-from shared import Log, cli, figure, judge, load_checkpoint, read_jsonl, require, save_figure, save_metrics, setup
+from shared import (
+    Log,
+    fail,
+    figure,
+    judge,
+    load_checkpoint,
+    output_folder,
+    parse_args,
+    pick_device,
+    read_jsonl,
+    require,
+    save_figure,
+    save_metrics,
+    set_seed,
+)
 from tokenizer import Tokenizer
+from train_ppo import Config as PPOConfig
+from train_ppo import answers_of, chat_prompt, encode_records, load_data, pad, rollout
+
+RM_BATCH = 16  # pairs per step of a reward model
+
 
 @dataclass
 class Config:
-    init: str = "part_6/out/sft.pt"  # the policy that answers, and the trunk of the reward models
-    pairs: str = "64,256,1024,0"  # pairs that each reward model sees; 0: Part 7's, of all pairs and the policy's own
-    rm_steps: int = 60  # fewest steps of its training, 16 pairs each; with more pairs it is one pass
-    prompts: int = 24  # held-out prompts
-    samples: int = 256  # answers to each: the largest n
-    seed: int = 0
-    seeds: int = 1  # how many seeds; the README quotes 3
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    # checkpoint of the policy that answers; the reward models start from its trunk
+    init: str = "part_6/out/sft.pt"
 
-def kl_of(n):
-    """KL(best of n || policy) in nats, if no two answers score the same."""
+    # pairs that each reward model learns from; 0: the reward model of Part 7, which learned from
+    # all pairs and from answers of the policy
+    pairs: str = "64,256,1024,0"
+
+    rm_steps: int = 60  # fewest optimizer steps of a reward model; with more pairs it is one pass
+    prompts: int = 24  # held-out prompts
+    samples: int = 256  # N, answers to each prompt, and the largest n
+    seed: int = 0  # seed of all random numbers
+    seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
+
+    def __post_init__(self):
+        for name in ("rm_steps", "prompts", "seeds"):
+            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        for word in self.pairs.split(","):
+            is_number = word.strip().isdigit()
+            assert is_number, f"pairs={self.pairs} must be whole numbers with commas between them"
+        assert self.samples >= 4, f"samples={self.samples} must be at least 4, for a curve to fit"
+
+
+# best of n ----------------------------------------------------------------------------------------
+
+
+def best_of_n_kl(n):
+    """KL(best of n || policy) in nats, if no two answers have the same score."""
     return math.log(n) - (n - 1) / n
 
-def best_of(n, proxy, gold):
-    """(P, N) twice -> (P,): gold of the best of n by proxy, over all subsets of n of the N answers.
-    Answer i, counted from 0 and the worst, is the best of C(i, n - 1) of the C(N, n) subsets."""
-    N = proxy.size(1)
-    weight = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
-    return gold.gather(1, proxy.argsort(dim=1)) @ weight
+
+def best_of(n, score, gold):
+    """score (P, N), gold (P, N) -> (P,): gold of the best of n by score, averaged over all subsets
+    of n of the N answers.
+
+    Of the C(N, n) subsets, the answer of rank i (0 is the worst) is the best in C(i, n - 1): those
+    whose other n - 1 members all rank below it.
+    """
+    N = score.size(1)
+    subsets = math.comb(N, n)
+    weights = torch.tensor([math.comb(i, n - 1) / subsets for i in range(N)])  # (N,)
+    gold_by_rank = gold.gather(1, score.argsort(dim=1))
+    return gold_by_rank @ weights
+
+
+class Fit(NamedTuple):
+    a: float
+    b: float
+    r2: float  # share of the gain's variance that the curve explains
+
 
 def fit(d, gain):
-    """Least squares of gain = d (a - b d) -> a, b, R2."""
-    basis = torch.stack([d, -d * d], dim=1)
-    ab = torch.linalg.lstsq(basis, gain[:, None]).solution[:, 0]
-    return *ab.tolist(), 1 - ((basis @ ab - gain).var(correction=0) / gain.var(correction=0)).item()
+    """Least squares of gain = d (a - b d) -> Fit."""
+    basis = torch.stack([d, -(d**2)], dim=1)  # (n, 2)
+    solution = torch.linalg.lstsq(basis, gain[:, None]).solution[:, 0]
+    residuals = basis @ solution - gain
+    r2 = 1 - residuals.var(correction=0) / gain.var(correction=0)
+    a, b = solution.tolist()
+    return Fit(a, b, r2.item())
 
-def train_rm(saved, tok, records, cfg, device):
-    """Bradley-Terry: -log sigmoid(r_chosen - r_rejected), one pass or rm_steps."""
-    model, n, steps = RewardModel.load(saved).to(device), len(records), max(cfg.rm_steps, len(records) // 16)
+
+# reward models and answers ------------------------------------------------------------------------
+
+
+def pair_batch(records, tok, block_size, device):
+    """ids (2B, T), starts (2B,) and lengths (2B,): first all chosen, then all rejected answers."""
+    rows = []
+    starts = []
+    for side in ("chosen", "rejected"):
+        for record in records:
+            prompt = chat_prompt({"prompt": record["prompt"]}, tok)
+            answer = [*tok.encode(record[side]), tok.special["<|end|>"]]
+            rows.append((prompt + answer)[:block_size])  # pairs of the stories always fit
+            starts.append(len(prompt))
+    lengths = [len(row) for row in rows]
+    return (
+        pad(rows, 0).to(device),
+        torch.tensor(starts, device=device),
+        torch.tensor(lengths, device=device),
+    )
+
+
+def train_reward_model(sft, tok, records, rm_steps, device):
+    """A reward model that learns from these pairs by -log sigmoid(r_chosen - r_rejected)
+    (Bradley-Terry). It makes one pass, or rm_steps if that is more."""
+    model = RewardModel.load(sft).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    order = [i for _ in range(16 * steps // n + 1) for i in torch.randperm(n).tolist()]
+    steps = max(rm_steps, len(records) // RM_BATCH)
+
+    # as many random passes as the steps need
+    order = []
+    while len(order) < RM_BATCH * steps:
+        order += torch.randperm(len(records)).tolist()
+
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * min((step + 1) / 5, 1 - step / steps)
-        pairs = [records[i] for i in order[16 * step:16 * step + 16]]
-        asked = [train_ppo.encode({"instruction": r["prompt"], "input": ""}, tok) for r in pairs] * 2
-        said = [tok.encode(r[side]) + [tok.special["<|end|>"]] for side in ("chosen", "rejected") for r in pairs]
-        rows = [torch.tensor(a + b)[:model.cfg.block_size] for a, b in zip(asked, said)]  # the stories' pairs all fit
-        starts, lengths = (torch.tensor([len(row) for row in z], device=device) for z in (asked, rows))
-        chosen, rejected = model(torch.nn.utils.rnn.pad_sequence(rows, True).to(device), starts, lengths).chunk(2)
+        warmup = (step + 1) / 5
+        decay = 1 - step / steps
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(warmup, decay)
+
+        chunk = order[RM_BATCH * step : RM_BATCH * (step + 1)]
+        batch = pair_batch([records[i] for i in chunk], tok, model.cfg.block_size, device)
+        chosen, rejected = model(*batch).chunk(2)
         optimizer.zero_grad(set_to_none=True)
         F.softplus(rejected - chosen).mean().backward()
         optimizer.step()
     return model
 
-def answer(policy, tok, record, n, device):
-    """n answers to one prompt, as a batch for the reward models, with their gold (n,)."""
-    end, start = tok.special["<|end|>"], len(record["prompt"])
-    ids, logp = policy.generate(torch.tensor([record["prompt"]] * n, device=device), 72, stop=end, return_logp=True)
-    lengths = start + logp.isfinite().sum(dim=1)
-    ended = ids.gather(1, lengths[:, None] - 1)[:, 0] == end
-    batch = {"ids": ids, "starts": torch.full_like(lengths, start), "lengths": lengths, "ended": ended}
-    return {**batch, "gold": torch.tensor([float(judge(record, *said)[2]) for said in train_ppo.texts(batch, tok)])}
+
+def sample_answers(policy, tok, record, n, device):
+    """n answers to one prompt -> Rollout, and their gold (n,), 1 if an answer passes all checks."""
+    batch = rollout(policy, tok, [record] * n, PPOConfig(), device)
+    gold = []
+    for answer in answers_of(batch, tok):
+        gold.append(float(judge(record, answer.text, answer.ended).passed))
+    return batch, torch.tensor(gold)
+
 
 @torch.no_grad()
-def score(rm, pool):
-    """Rewards (P, N) of the pool, in its standard deviations; -2 without an end, as in train_ppo.py."""
-    raw = torch.stack([rm(batch["ids"], batch["starts"], batch["lengths"]) for batch in pool])
-    return ((raw - raw.mean()) / raw.std()).where(torch.stack([batch["ended"] for batch in pool]), -2.0).cpu()
+def score_pool(rm, pool, missing_end=-2.0):
+    """The scores (P, N) of P rollouts of N answers, in standard deviations of all of them. An
+    answer without an end gets missing_end, as in train_ppo.py."""
+    raw = torch.stack([rm(batch.ids, batch.starts, batch.lengths) for batch in pool])
+    ended = torch.stack([batch.ended for batch in pool])
+    score = (raw - raw.mean()) / raw.std()
+    return score.masked_fill(~ended, missing_end).cpu()
 
-def summary(proxy, gold, ns):
-    """Best-of-n's score and gold (rows, ns), a row per prompt -> their means, the fit, the n where gold is highest,
-    what is lost from there to the last n, and two standard errors of that over the rows."""
-    d, mean = torch.tensor([kl_of(n) ** 0.5 for n in ns]), gold.mean(dim=0)
-    (a, b, r2), lost = fit(d, mean - mean[0]), gold[:, mean.argmax()] - gold[:, -1]
-    return {"d": d, "score": proxy.mean(dim=0), "gold": mean, "fit": mean[0] + d * (a - b * d), "a": a, "b": b,
-            "r2": r2, "best_n": ns[mean.argmax()], "lost": lost.mean(), "noise": 2 * (lost.var() / len(lost)).sqrt()}
 
-def finding(found):
-    """The title: for each reward model where gold is highest, and whether the loss after that is more than noise."""
-    said = [f"{name} n = {of['best_n']}" + (f", then -{of['lost']:.3f}{' (noise)' * (of['lost'] <= of['noise'])}" if
-            of["lost"] else "") for name, of in found.items()]
-    return "Gold is highest at: " + ";\n".join("; ".join(said[i:i + 2]) for i in range(0, len(said), 2))
+# what came out ------------------------------------------------------------------------------------
 
-def draw(found, path):
-    fig, axes = figure(finding(found), "d = square root of KL, nats", columns=2, height=4.8)
-    for i, (name, of) in enumerate(found.items()):
-        axes[0].plot(of["d"], of["score"], f"C{i}.-", label=name)
-        axes[1].plot(of["d"], of["gold"], f"C{i}o", markersize=4, label=f"{name}, R2 {of['r2']:.2f}")
-        axes[1].plot(of["d"], of["fit"], f"C{i}", linewidth=1)
-    for ax, label in zip(axes, ("score, SD of the policy's answers", "gold, share; lines: d (a - b d)")):
-        ax.set_ylabel(label)
-        ax.legend(fontsize=8)
+
+@dataclass
+class Summary:
+    """Best-of-n by one reward model; a tensor (ns,) has one entry for each n."""
+
+    d: torch.Tensor  # (ns,) square root of the KL
+    score: torch.Tensor  # (ns,) mean score of the best of n
+    gold: torch.Tensor  # (ns,) its mean gold
+    curve: torch.Tensor  # (ns,) the curve d (a - b d) that was fitted to gold
+    a: float
+    b: float
+    r2: float
+    best_n: int  # the n at which gold is highest
+    lost: float  # gold that is lost from there to the largest n
+    noise: float  # two standard errors of `lost`
+
+
+def summarize(score, gold, ns):
+    """score and gold (rows, ns) of the best of n, one row for each prompt and seed -> Summary."""
+    d = torch.tensor([best_of_n_kl(n) ** 0.5 for n in ns])
+    mean_gold = gold.mean(dim=0)
+    curve = fit(d, mean_gold - mean_gold[0])
+
+    best = mean_gold.argmax().item()
+    lost = gold[:, best] - gold[:, -1]  # (rows,)
+    standard_error = (lost.var() / len(lost)).sqrt()
+    return Summary(
+        d=d,
+        score=score.mean(dim=0),
+        gold=mean_gold,
+        curve=mean_gold[0] + d * (curve.a - curve.b * d),
+        a=curve.a,
+        b=curve.b,
+        r2=curve.r2,
+        best_n=ns[best],
+        lost=lost.mean().item(),
+        noise=2 * standard_error.item(),
+    )
+
+
+def make_title(summaries):
+    """For each reward model: where is gold highest, and is the loss after that more than noise?"""
+    parts = []
+    for name, summary in summaries.items():
+        part = f"{name}: n = {summary.best_n}"
+        if summary.lost > 0:
+            part += f", then -{summary.lost:.3f}"
+            if summary.lost <= summary.noise:
+                part += " (noise)"
+        parts.append(part)
+
+    # two reward models on each line
+    lines = ["; ".join(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    return "Gold is highest at\n" + ";\n".join(lines)
+
+
+def draw(summaries, path):
+    """Left the score of the reward models, right the truth, both over d."""
+    title = make_title(summaries)
+    fig, (left, right) = figure(title, "d = square root of KL, nats", columns=2, height=5)
+    for i, (name, summary) in enumerate(summaries.items()):
+        left.plot(summary.d, summary.score, f"C{i}.-", label=name)
+        label = f"{name}, R2 {summary.r2:.2f}"
+        right.plot(summary.d, summary.gold, f"C{i}o", markersize=4, label=label)
+        right.plot(summary.d, summary.curve, f"C{i}", linewidth=1)
+    left.set(ylabel="score, standard deviations of all answers")
+    right.set(ylabel="gold, share; lines: d (a - b d)")
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
     save_figure(fig, path)
 
+
 if __name__ == "__main__":
-    cfg = cli(Config())
-    device, _ = setup(cfg)
-    saved, sizes = load_checkpoint(require(cfg.init), "sft"), [int(n) for n in cfg.pairs.split(",")]
-    last = load_checkpoint(require("part_7/out/rm.pt"), "rm") if 0 in sizes else {}
-    policy, tok = GPT.load(saved).to(device), Tokenizer.load(saved["tokenizer"])
-    asked = train_ppo.load_data(train_ppo.Config(prompts=cfg.prompts), tok, policy.cfg.block_size)[1]
-    records = read_jsonl(require("data/stories") / "preferences.jsonl", ["prompt", "chosen", "rejected"])
-    ns, rows = [2 ** i for i in range(cfg.samples.bit_length())], {n: [] for n in sizes}
-    log, step = Log(cfg, cfg.seeds * (len(asked) + len(sizes)), name="demo_overoptimization"), itertools.count()
+    cfg = parse_args(Config)
+    set_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    sizes = [int(word) for word in cfg.pairs.split(",")]
+
+    # models
+    sft = load_checkpoint(require(cfg.init), "sft")
+    policy = GPT.load(sft).to(device)
+    tok = Tokenizer.load(sft["tokenizer"])
+    part_7_rm = None
+    if 0 in sizes:
+        checkpoint = load_checkpoint(require("part_7/out/rm.pt"), "rm")
+        if checkpoint["tokenizer"] != sft["tokenizer"]:
+            fail("part_7/out/rm.pt has another tokenizer than --init: leave 0 out of --pairs")
+        part_7_rm = RewardModel.load(checkpoint, **checkpoint["head"]).to(device)
+    out = output_folder(cfg)
+
+    # prompts and preferences
+    ppo_cfg = PPOConfig()
+    _, val = load_data(ppo_cfg)
+    val = encode_records(val, tok, policy.cfg.block_size, ppo_cfg.max_new_tokens)[: cfg.prompts]
+    path = require("data/stories") / "preferences.jsonl"
+    records = read_jsonl(path, ["prompt", "chosen", "rejected"])
+    ns = [2**i for i in range(cfg.samples.bit_length())]  # 1, 2, 4, ..., at most N
+
+    scores = {size: [] for size in sizes}
+    golds = {size: [] for size in sizes}
+    log = Log(out, cfg.seeds * (len(val) + len(sizes)), name="demo_overoptimization")
+    step = 0
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         torch.manual_seed(seed)
+
+        # one pool of answers for all reward models
         pool = []
-        for record in asked:
-            pool.append(answer(policy, tok, record, cfg.samples, device))
-            log(next(step))
-        gold = torch.stack([batch["gold"] for batch in pool])
-        for n in sizes:
-            some = [records[k] for k in torch.randperm(len(records))[:n]]
-            rm = train_rm(saved, tok, some, cfg, device) if n else RewardModel.load(last, **last["head"]).to(device)
-            proxy = score(rm, pool)
-            rows[n].append([torch.stack([best_of(m, proxy, z) for m in ns], dim=1) for z in (proxy, gold)])
-            log(next(step), pairs=n, gold=rows[n][-1][1].mean(dim=0)[-1].item())
-    found = {f"{n:,} pairs" if n else "Part 7's": summary(*map(torch.cat, zip(*rows[n])), ns) for n in sizes}
-    draw(found, Path(cfg.out) / "demo_overoptimization.png")
-    save_metrics(cfg, name="demo_overoptimization", n=ns, prompts=len(asked), seeds=cfg.seeds, seed=cfg.seed, **{
-        f"{name}: {key}": value for name, of in found.items() for key, value in of.items()})
+        gold_rows = []
+        for record in val:
+            batch, gold = sample_answers(policy, tok, record, cfg.samples, device)
+            pool.append(batch)
+            gold_rows.append(gold)
+            log(step)
+            step += 1
+        gold = torch.stack(gold_rows)  # (P, N)
+
+        # each reward model picks from it
+        for size in sizes:
+            rm = part_7_rm
+            if size > 0:
+                drawn = [records[i] for i in torch.randperm(len(records))[:size]]
+                rm = train_reward_model(sft, tok, drawn, cfg.rm_steps, device)
+            score = score_pool(rm, pool)  # (P, N)
+            best_score = torch.stack([best_of(n, score, score) for n in ns], dim=1)  # (P, ns)
+            best_gold = torch.stack([best_of(n, score, gold) for n in ns], dim=1)
+            scores[size].append(best_score)
+            golds[size].append(best_gold)
+            log(step, pairs=size, gold=best_gold[:, -1].mean().item())
+            step += 1
+
+    # what came out
+    summaries = {}
+    for size in sizes:
+        name = f"{size:,} pairs" if size > 0 else "Part 7's"
+        summaries[name] = summarize(torch.cat(scores[size]), torch.cat(golds[size]), ns)
+    print(make_title(summaries))
+    draw(summaries, out / "demo_overoptimization.png")
+    metrics = {}
+    for name, summary in summaries.items():
+        for key, value in vars(summary).items():
+            metrics[f"{name}: {key}"] = value
+    save_metrics(
+        out,
+        name="demo_overoptimization",
+        n=ns,
+        prompts=len(val),
+        seeds=cfg.seeds,
+        seed=cfg.seed,
+        **metrics,
+    )

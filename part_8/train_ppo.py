@@ -1,320 +1,627 @@
 """
-Part 8 - PPO: the policy writes, the reward model scores, and what scored above expectation becomes likelier.
+Part 8: PPO. REINFORCE with a critic that says what to expect, and several careful updates per
+rollout.
 
-    python part_8/train_ppo.py                     from a fresh clone to an aligned model: builds all that it needs
-    python part_8/train_ppo.py --kl_coef=0 --kl_target=0 --score_clip=99      no leash: watch reward and gold part
-    python part_8/train_ppo.py --data=my.jsonl     your own prompts (instruction, input); gold needs a "check"
-    torchrun --nproc_per_node=2 part_8/train_ppo.py      each process answers and learns from its half of the prompts
+    python part_8/train_ppo.py                     from a fresh clone to an aligned model
+    python part_8/train_ppo.py --kl_coef=0 --kl_target=0 --score_clip=99
+                                                   no penalty: watch reward and gold part
+    python part_8/train_ppo.py --data=my.jsonl     your own prompts, with Alpaca's fields
+                                                   instruction and input
 
-An answer is an episode, a token an action. The reward is -beta * (log pi - log pi_sft) at every token, and the reward
-model's score at the last one (Ziegler et al. 2019; Ouyang et al. 2022). Gold is only looked at, never trained on.
+From part_8/train_reinforce.py
+    New      whiten, gae, ppo_loss, value_loss, next_kl_coef, make_optimizer
+    Changed  Config, learn, draw, main body
+    Removed  returns_to_go, reinforce_loss
 
-From part_7/train_rm.py
-    New      encode, pick, total, masked_mean, whiten, shape_rewards, gae, ppo_loss, value_loss, next_kl_coef
-             rollout, texts, judged, learn
-    Changed  Config, load_data, evaluate, draw
-    Removed  pad, lr_scale, make_pair, story_prompts, shuffled, sample_pairs, collate, get_batch, preference_loss
-             make_optimizers, respond, rewards, calibration, length_probe, padding_error, against_truth
+What PPO adds (Schulman et al. 2017; for language models Ziegler et al. 2019, Ouyang et al. 2022):
+
+    a critic       V(s_t) on the policy's own trunk; advantages are measured against it (gae)
+    reuse          several epochs of minibatches per rollout; the ratio of new to old probability
+                   corrects for the policy that moves on, and its clipping keeps it near (ppo_loss)
+    a KL target    the controller moves beta up while the policy is further than a chosen distance
+                   from the SFT model, and down while it is nearer (next_kl_coef)
+
+Gold, the share of answers that pass all checks of the world, is never trained on, only looked at.
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import os
 import time
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from model import GPT, ActorCritic, RewardModel
-from shared import (Log, cli, fail, figure, judge, load_checkpoint, read_jsonl, require, save_checkpoint, save_figure,
-                    save_metrics, setup)
+from shared import (
+    Log,
+    fail,
+    figure,
+    judge,
+    load_checkpoint,
+    output_folder,
+    parse_args,
+    pick_device,
+    read_jsonl,
+    require,
+    save_checkpoint,
+    save_figure,
+    save_metrics,
+    set_seed,
+)
 from tokenizer import Tokenizer
+
 
 @dataclass
 class Config:
     # data
-    data: str = "stories"  # "stories" (the built-in world) or the path of a JSON or JSONL file with Alpaca's fields
-    init: str = ""  # the SFT model's checkpoint; "": part_6/out/sft.pt
-    rm: str = ""  # the reward model's checkpoint; "": part_7/out/rm.pt
+    data: str = "stories"  # stories (the built-in world) or a JSON or JSONL file, Alpaca's fields
+    init: str = ""  # checkpoint of the SFT model; empty: part_6/out/sft.pt
+    rm: str = ""  # checkpoint of the reward model; empty: part_7/out/rm.pt
     # rollout and reward
-    steps: int = 40  # iterations: one rollout, one scoring, a few updates
-    batch_size: int = 128  # answers per rollout
+    steps: int = 40  # iterations: each samples answers, scores them and updates the policy
+    batch_size: int = 128  # answers per iteration
     max_new_tokens: int = 72  # longest answer, in tokens
-    kl_budget: float = 40.0  # nats; an answer is cut where its running KL passes this
     missing_end: float = -2.0  # score of an answer that does not end
-    score_clip: float = 1.5  # scores beyond this many of SFT's standard deviations are the reward model's errors
-    kl_coef: float = 0.05  # beta, reward lost per nat of KL, at the start
-    kl_target: float = 3.0  # nats per answer that the controller steers to; 0: beta stays fixed
-    kl_horizon: float = 4000.0  # answers in which the controller corrects a full error; a run has about 5,000
-    gamma: float = 1.0  # discount
-    lam: float = 1.0  # GAE's lambda; below 1 it trusts the critic, and this one cannot see a wrong word coming
+    score_clip: float = 1.5  # largest size of a score; those of SFT's answers have mean 0 and SD 1
+    kl_coef: float = 0.05  # beta, the reward that a nat of KL costs, at the first iteration
+    kl_target: float = 3.0  # KL in nats per answer above which beta grows; 0: beta stays fixed
+    kl_horizon: float = 4000.0  # answers in which beta grows or shrinks by at most 20 %
+    # advantage
+    gamma: float = 1.0  # discount of a later reward
+    lam: float = 1.0  # lambda of GAE; smaller values rely more on the critic
     # update
     epochs: int = 2  # passes over each rollout
     minibatches: int = 2  # updates per pass
-    clip: float = 0.2  # a ratio may leave 1 by this much
-    vf_clip: float = 0.2  # and a value its old one
+    clip: float = 0.2  # a ratio further than this from 1, in its advantage's direction, is clipped
+    vf_clip: float = 0.2  # a value further than this from its old one, towards its return, too
     vf_coef: float = 0.5  # weight of the value loss
-    max_kl: float = 0.02  # nats per token between rollout's policy and updated one at which a rollout's updates stop
-    lr: float = 6e-4  # AdamW's rate at first, eps 1e-5; it falls linearly to 0 over the run
-    lr_value: float = 3e-3  # and the value head's: the return that it follows moves fast
+
+    # a rollout's updates stop once the policy is this far from the one that sampled, nats per token
+    max_kl: float = 0.02
+
+    lr: float = 6e-4  # learning rate of AdamW at the first iteration; it falls linearly to 0
+    lr_value: float = 3e-3  # the same for the value head, which starts from nothing
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
-    prompts: int = 512  # held-out stories that are answered and judged at the end
-    seed: int = 0
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    prompts: int = 512  # held-out prompts that are answered and judged in an evaluation
+    seed: int = 0  # seed of all random numbers
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
 
     def __post_init__(self):
-        share = self.minibatches * int(os.environ.get("WORLD_SIZE", 1))
-        fits = self.steps > 0 and self.batch_size % share == 0
-        assert fits, f"steps must be at least 1, batch_size={self.batch_size} a multiple of minibatches * processes"
+        for name in ("steps", "batch_size", "max_new_tokens", "prompts"):
+            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        for name in ("epochs", "minibatches"):
+            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        assert self.batch_size % self.minibatches == 0, (
+            f"batch_size={self.batch_size} must be divisible by minibatches={self.minibatches}"
+        )
 
-# data ----------------------------------------------------------------------------------------------------------------
 
-def encode(record, tok):
-    """-> prompt ids, with the template's tokens."""
-    text = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
+# data ---------------------------------------------------------------------------------------------
+
+
+def load_data(cfg):
+    """Reads and checks the prompts -> training and held-out records."""
+    fields = ["instruction", "input"]
+    if cfg.data == "stories":
+        folder = require("data/stories")
+        train = read_jsonl(folder / "instructions.jsonl", [*fields, "task"])
+        val = read_jsonl(folder / "instructions_val.jsonl", [*fields, "task"])
+        train = [record for record in train if record["task"] == "story"]
+        val = [record for record in val if record["task"] == "story"]
+        return train, val
+
+    records = read_jsonl(cfg.data, fields)
+    split = int(0.9 * len(records))
+    if split == 0:
+        fail(f"--data={cfg.data} has {len(records)} record; at least 2 are needed, one to validate")
+    return records[:split], records[split:]
+
+
+def chat_prompt(record, tok):
+    """The request in the chat template -> token ids. The answer comes right after them.
+
+    A record has Alpaca's fields (instruction and input) or TRL's field (prompt).
+    """
+    if "instruction" not in record:
+        text = record["prompt"]
+    elif record["input"]:
+        text = record["instruction"] + "\n" + record["input"]
+    else:
+        text = record["instruction"]
     return [tok.special["<|user|>"], *tok.encode(text), tok.special["<|assistant|>"]]
 
-def load_data(cfg, tok, block_size):
-    """-> training and held-out prompts. What leaves no room for an answer is counted and left out."""
-    if cfg.data == "stories":
-        paths = [require("data/stories") / f"instructions{split}.jsonl" for split in ("", "_val")]
-        splits = [[r for r in read_jsonl(path, ["instruction", "input"]) if r["task"] == "story"] for path in paths]
-    else:
-        records = read_jsonl(cfg.data, ["instruction", "input"])
-        splits = [records[:int(0.9 * len(records))], records[int(0.9 * len(records)):]]
-    room = block_size - cfg.max_new_tokens
-    asked = [[{**r, "prompt": encode(r, tok)} for r in records] for records in splits]
-    kept = [[r for r in records if len(r["prompt"]) <= room] for records in asked]
-    if kept != asked:
-        print(f"prompts of over {room} tokens, left out: {len(sum(asked, [])) - len(sum(kept, []))}")
-    if not all(kept):
-        fail(f"--data={cfg.data}: no prompt has at most {room} tokens: take a smaller --max_new_tokens")
-    return kept[0], kept[1][:cfg.prompts]
 
-# the lesson's mathematics. In all (B, T) arrays index t is about token t + 1: its log-probability, whether it is part
-# of the answer (mask), the reward for choosing it, and the value of the state, tokens 0 to t, in which it was chosen.
+def encode_records(records, tok, block_size, max_new_tokens):
+    """Adds "prompt_ids" to each record -> the records that leave room for an answer. The others are
+    counted and left out."""
+    room = block_size - max_new_tokens
+    kept = []
+    for record in records:
+        prompt_ids = chat_prompt(record, tok)
+        if len(prompt_ids) <= room:
+            kept.append({**record, "prompt_ids": prompt_ids})
+    if len(kept) < len(records):
+        left_out = len(records) - len(kept)
+        print(f"{left_out} of {len(records)} prompts are longer than {room} tokens: left out")
+    if not kept:
+        fail(f"no prompt fits in {room} tokens: use a smaller --max_new_tokens")
+    return kept
 
-def pick(logp, ids):
-    """Log-probabilities of all tokens (..., V), and the ids (...) that came -> theirs."""
-    return logp.gather(-1, ids[..., None]).squeeze(-1)
 
-def total(x):
-    """A tensor's sum over all processes, on each of them: itself where there is one process."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def pad(rows, value):
+    """Lists of different lengths -> one tensor (B, T), padded on the right."""
+    rows = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def get_batch(records, step, cfg):
+    """The records whose prompts are answered at a step. The steps go round and round."""
+    first = step * cfg.batch_size
+    return [records[i % len(records)] for i in range(first, first + cfg.batch_size)]
+
+
+# the lesson's mathematics -------------------------------------------------------------------------
+#
+# In all (B, T) tensors index t is about the choice of token t + 1: its log-probability, whether it
+# belongs to the answer (mask), the reward for choosing it, its advantage, and the value of the
+# state, tokens 0 to t, in which it was chosen.
+
+
+def gather_logp(all_logp, ids):
+    """Log-probabilities of all tokens (..., V) -> those of the tokens ids (...)."""
+    return all_logp.gather(-1, ids[..., None]).squeeze(-1)
+
 
 def masked_mean(x, mask):
-    """The mean over the mask's entries. Of several processes each gets its share: the total is the mean over all."""
-    return (x * mask).sum() / total(mask.sum())
+    """The mean of x over the entries of the mask."""
+    return (x * mask).sum() / mask.sum()
+
 
 def whiten(x, mask):
-    """To mean 0 and variance 1 over the mask's entries; the variance is the biased one, as in OpenAI's code."""
-    x = x - total(masked_mean(x, mask))
-    return x * torch.rsqrt(total(masked_mean(x ** 2, mask)) + 1e-8) * mask
+    """x, shifted and scaled to mean 0 and variance 1 over the entries of the mask.
+
+    For advantages: what the critic misses on average is no signal, and the size of an update should
+    not depend on the unit of the rewards.
+    """
+    x = x - masked_mean(x, mask)
+    variance = masked_mean(x**2, mask)
+    return x * torch.rsqrt(variance + 1e-8) * mask
+
 
 def shape_rewards(kl, score, mask, beta):
-    """-beta * KL at every token of the answer, and the score (B,) at its last one (Ziegler et al. 2019, eq. 2)."""
-    last = mask.cumsum(dim=1).argmax(dim=1)  # the first index at which the count of tokens is complete
-    return (-beta * kl * mask).scatter_add(1, last[:, None], score[:, None])
+    """-beta * KL at every token of the answer, plus the score (B,) at its last token -> (B, T)
+    (Ziegler et al. 2019, eq. 2). kl (B, T) is log pi - log pi_sft of the sampled tokens."""
+    rewards = -beta * kl * mask
+    last = mask.cumsum(dim=1).argmax(dim=1)  # (B,), where the count of tokens becomes complete
+    return rewards.scatter_add(1, last[:, None], score[:, None])
 
-def gae(rewards, values, mask, last_value, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), from the last token back to the first:
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}. After an answer's last token V is
-    last_value (B,): 0 where it ended, the critic's V where it was cut. -> advantages, returns = advantages + values.
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), all (B, T)
+    -> advantages, and returns = advantages + values, the targets of the critic.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}, from the last
+    token of an answer back to its first. After the last token nothing more is expected: V = 0.
+    With gamma = lambda = 1 the advantage is REINFORCE's return to go, minus the value. A smaller
+    lambda trusts the critic instead of the rewards that were sampled later.
     """
-    advantages, running, after = torch.zeros_like(rewards), torch.zeros_like(last_value), last_value
+    advantages = torch.zeros_like(rewards)
+    next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
+    next_value = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.size(1))):
-        delta = rewards[:, t] + gamma * after - values[:, t]
-        running = torch.where(mask[:, t], delta + gamma * lam * running, running)
-        after = torch.where(mask[:, t], values[:, t], after)
-        advantages[:, t] = running
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = advantage
+
+        # The loop meets the padding first: both stay 0 until the answer's last token. What it
+        # computes in the prompt is masked away below.
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
     return advantages * mask, (advantages + values) * mask
 
-def ppo_loss(logp, old_logp, advantages, mask, clip):
-    """The clipped surrogate (Schulman et al. 2017, eq. 7) -> loss, share of tokens at which the clip acts."""
-    ratio = (logp - old_logp).exp()
-    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return masked_mean(torch.max(free, held), mask), masked_mean((held > free).float(), mask)
 
-def value_loss(values, old_values, returns, mask, clip):
-    """Half the squared error of the value, or of the value held within +-clip of the old one, whichever is worse."""
-    held = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * masked_mean(torch.max((values - returns) ** 2, (held - returns) ** 2), mask)
+def ppo_loss(logp, old_logp, advantages, clip):
+    """The clipped surrogate (Schulman et al. 2017, eq. 7) -> the loss of each token, and whether
+    the clip acts on it, (B, T) each.
+
+    At ratio 1 its gradient is that of -log pi * advantage. Later the ratio corrects for tokens that
+    the old policy sampled. A token whose probability has moved by more than `clip` in the direction
+    of its advantage gets no further gradient; the max keeps the gradient of one that has moved
+    against it.
+    """
+    ratio = (logp - old_logp).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.max(unclipped, clipped), clipped > unclipped
+
+
+def value_loss(values, old_values, returns, clip):
+    """Half the squared error of each value, or of the value clipped to within `clip` of the old
+    one, whichever is larger, (B, T)."""
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    error = torch.max((values - returns) ** 2, (clipped_values - returns) ** 2)
+    return 0.5 * error
+
 
 def next_kl_coef(coef, kl, target, n, horizon):
-    """The adaptive controller (Ziegler et al. 2019, section 2.2): proportional, its error held within +-20 %."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
+    """The adaptive controller (Ziegler et al. 2019, section 2.2) -> the next beta. It grows while
+    the mean KL of n answers is above its target and shrinks while it is below, by at most 20 % in
+    `horizon` answers."""
+    error = kl / target - 1
+    error = min(max(error, -0.2), 0.2)
     return coef * (1 + error * n / horizon)
 
-# rollout, learn, evaluate ---------------------------------------------------------------------------------------------
+
+# optimizer ----------------------------------------------------------------------------------------
+
+
+def make_optimizer(policy, cfg):
+    """AdamW, with a learning rate of its own for the value head."""
+    policy_params = []
+    value_params = []
+    for name, p in policy.named_parameters():
+        if name.startswith("v_head."):
+            value_params.append(p)
+        else:
+            policy_params.append(p)
+    groups = [  # the training loop sets "lr" from "peak_lr"
+        {"params": policy_params, "peak_lr": cfg.lr},
+        {"params": value_params, "peak_lr": cfg.lr_value},
+    ]
+    return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
+
+
+# rollout, score, learn ----------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """One sampled answer to each of B prompts."""
+
+    ids: torch.Tensor  # (B, T + 1) prompt and answer, padded on the right
+    starts: torch.Tensor  # (B,) where the answer starts
+    lengths: torch.Tensor  # (B,) where it ends, its end token included
+    ended: torch.Tensor  # (B,) bool, False if it was cut off before its end token
+    mask: torch.Tensor  # (B, T) bool, True where the next token belongs to the answer
+    logp: torch.Tensor  # (B, T) log-probability of the next token when it was sampled, else 0
+
 
 @torch.no_grad()
-def rollout(policy, reference, rm, tok, records, cfg, device):
-    """One answer to each record at temperature 1, from the whole vocabulary: what is scored is what was sampled."""
-    end, start = tok.special["<|end|>"], time.time()
-    starts = torch.tensor([len(r["prompt"]) for r in records], device=device)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["prompt"]) for r in records], True, end).to(device)
-    ids, logp = policy.generate(ids, cfg.max_new_tokens, lengths=starts, stop=end, return_logp=True)
-    seconds = time.time() - start
-    sampled = logp.isfinite()  # (B, T): not the prompt, not the padding
+def rollout(policy, tok, records, cfg, device):
+    """The policy answers each record's prompt_ids -> Rollout.
+
+    It samples at temperature 1 from the whole vocabulary: the log-probabilities that the loss uses
+    must be those of the distribution that the tokens came from.
+    """
+    end = tok.special["<|end|>"]
+    prompts = [record["prompt_ids"] for record in records]
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids, logp = policy.generate(
+        pad(prompts, end).to(device),
+        cfg.max_new_tokens,
+        lengths=starts,
+        stop=end,
+        return_logp=True,
+    )
+    sampled = logp.isfinite()  # (B, T + 1): neither prompt nor padding
     lengths = starts + sampled.sum(dim=1)
-    ended = ids.gather(1, lengths[:, None] - 1).squeeze(1) == end
-    mask, logp, at = sampled[:, 1:], logp[:, 1:].nan_to_num(), sampled.roll(-1, dims=1)  # at: the states before them
-    logits, values = policy.act(ids, at)  # V of every state, that after the last token included
-    now, then = (z.log_softmax(dim=-1) for z in (logits, reference.lm_head(reference.trunk(ids)[at])))  # (N, V)
-    exact_kl = torch.zeros_like(logp).masked_scatter(mask, (now.exp() * (now - then)).sum(dim=-1)).sum(dim=1)  # (B,)
-    kl = logp - logp.masked_scatter(mask, pick(then, ids[sampled]))  # (B, T): the same, on the sampled token alone
-    over = (kl.cumsum(dim=1) > cfg.kl_budget) & mask & (ids[:, 1:] != end)  # an end is no place to cut
-    cut = over.any(dim=1)
-    mask = mask & (over.cumsum(dim=1) <= over.int())  # up to and with the token that passes the budget
-    score = rm(ids, starts, lengths).clamp(-cfg.score_clip, cfg.score_clip)
-    score = score.where(ended, torch.full_like(score, cfg.missing_end)).masked_fill(cut, 0.0)  # cut: unknown, not bad
-    after = values.gather(1, starts[:, None] + mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
-    return {
-        "ids": ids, "starts": starts, "lengths": lengths, "ended": ended, "cut": cut, "mask": mask, "logp": logp,
-        "kl": kl * mask, "exact_kl": exact_kl, "values": values[:, :-1], "last_value": after * cut, "score": score,
-        "seconds": [seconds, time.time() - start - seconds],
-    }
+    last_token = ids.gather(1, lengths[:, None] - 1).squeeze(1)
+    return Rollout(
+        ids=ids,
+        starts=starts,
+        lengths=lengths,
+        ended=last_token == end,
+        mask=sampled[:, 1:],
+        logp=logp[:, 1:].nan_to_num(),
+    )
 
-def texts(batch, tok):
-    """-> list of (answer, whether it ended)."""
-    rows = zip(*(batch[name].tolist() for name in ("ids", "starts", "lengths", "ended")))
-    return [(tok.decode(ids[start:length - ended]), ended) for ids, start, length, ended in rows]
 
-def judged(records, answers):
-    """The share of answers on which all checks hold: gold. NaN without checks."""
-    verdicts = [judge(r, text, ended) for r, (text, ended) in zip(records, answers)]
-    return sum(v[2] for v in verdicts) / len(verdicts) if None not in verdicts else float("nan")
+class Answer(NamedTuple):
+    ids: list  # tokens, without the end token
+    text: str
+    ended: bool  # False if it was cut off before its end token
 
-def learn(policy, optimizer, batch, advantages, returns, cfg, generator):
-    """The updates of one rollout: epochs x minibatches, until the policy is max_kl nats per token from where it was."""
-    stats = {"loss": [], "clip_fraction": [], "entropy": []}
+
+def answers_of(batch, tok):
+    """The answers of a rollout -> a list of Answer."""
+    answers = []
+    rows = zip(
+        batch.ids.tolist(), batch.starts.tolist(), batch.lengths.tolist(), batch.ended.tolist()
+    )
+    for row, start, length, ended in rows:
+        ids = row[start:length]
+        if ended:
+            ids = ids[:-1]
+        answers.append(Answer(ids, tok.decode(ids), ended))
+    return answers
+
+
+def log_probs(model, ids, mask):
+    """Log-probabilities (N, V) of all tokens, at the N positions of ids (B, T) where the mask is
+    True. The head is the costly part, so it computes nothing else."""
+    x = model.trunk(ids)  # (B, T, C)
+    return model.lm_head(x[mask]).log_softmax(dim=-1)
+
+
+def answer_logp(model, batch):
+    """The log-probabilities that a model gives to the answers' tokens, (B, T), 0 elsewhere."""
+    all_logp = log_probs(model, batch.ids[:, :-1], batch.mask)  # (N, V)
+    tokens = batch.ids[:, 1:][batch.mask]  # (N,)
+    return torch.zeros_like(batch.logp).masked_scatter(batch.mask, gather_logp(all_logp, tokens))
+
+
+@torch.no_grad()
+def score_answers(rm, batch, cfg):
+    """The reward model's scores (B,), clipped, because the policy would exploit its large errors.
+    An answer without an end gets a fixed low score."""
+    score = rm(batch.ids, batch.starts, batch.lengths)
+    score = score.clamp(-cfg.score_clip, cfg.score_clip)
+    return score.masked_fill(~batch.ended, cfg.missing_end)
+
+
+def learn(policy, optimizer, batch, advantages, values, returns, cfg, generator):
+    """Several epochs of minibatches over the rollout -> a dict of numbers for the log.
+
+    It stops early once the policy is cfg.max_kl nats per token from the one that sampled.
+    """
+    losses = []
+    clip_fractions = []
+    entropies = []
+    first_ratio_error = None
     for _ in range(cfg.epochs):
-        for rows in torch.randperm(len(returns), generator=generator).chunk(cfg.minibatches):
-            old, mask, ids = batch["logp"][rows], batch["mask"][rows], batch["ids"][rows]
-            logits, values = policy.act(ids[:, :-1], mask)
-            all_logp = logits.log_softmax(dim=-1)  # (N, V): only where the answers' tokens are chosen
-            logp = old.masked_scatter(mask, pick(all_logp, ids[:, 1:][mask]))
-            if "first_ratio_error" not in stats:
-                stats["first_ratio_error"] = (((logp - old).exp() - 1).abs() * mask).max().item()
-            log_ratio = (logp - old).detach()
-            stats["step_kl"] = total(masked_mean(log_ratio.exp() - 1 - log_ratio, mask)).item()  # k3: never negative
-            if stats["step_kl"] > cfg.max_kl:
-                return stats
-            policy_part, clipped = ppo_loss(logp, old, advantages[rows], mask, cfg.clip)
-            value_part = value_loss(values, batch["values"][rows], returns[rows], mask, cfg.vf_clip)
+        order = torch.randperm(len(advantages), generator=generator)
+        for rows in order.chunk(cfg.minibatches):
+            ids = batch.ids[rows]
+            mask = batch.mask[rows]
+            old_logp = batch.logp[rows]
+
+            # what the policy and the critic say now
+            logits, new_values = policy.act(ids[:, :-1], mask)
+            all_logp = logits.log_softmax(dim=-1)  # (N, V)
+            tokens = ids[:, 1:][mask]  # (N,)
+            logp = old_logp.masked_scatter(mask, gather_logp(all_logp, tokens))  # (B, T)
+
+            # Before the first update the policy is the sampler, so every ratio is 1.
+            log_ratio = (logp - old_logp).detach()
+            ratio = log_ratio.exp()
+            if first_ratio_error is None:
+                first_ratio_error = (ratio - 1).abs().max().item()
+
+            # How far has the policy moved from the one that sampled? Each term of this estimate of
+            # the KL is at least 0 (k3, Schulman 2020). This minibatch's own update comes later.
+            step_kl = masked_mean(ratio - 1 - log_ratio, mask).item()
+            if losses and step_kl > cfg.max_kl:
+                break
+
+            policy_losses, clipped = ppo_loss(logp, old_logp, advantages[rows], cfg.clip)
+            value_losses = value_loss(new_values, values[rows], returns[rows], cfg.vf_clip)
+            policy_part = masked_mean(policy_losses, mask)
+            loss = policy_part + cfg.vf_coef * masked_mean(value_losses, mask)
+
             optimizer.zero_grad(set_to_none=True)
-            (policy_part + cfg.vf_coef * value_part).backward()
-            for p in policy.parameters():
-                total(p.grad)  # the losses are shares of one mean
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
             optimizer.step()
-            entropy = torch.special.entr(all_logp.detach().exp()).sum() / total(mask.sum())
-            for name, value in (("loss", policy_part), ("clip_fraction", clipped), ("entropy", entropy)):
-                stats[name].append(total(value.detach()).item())
-    return stats
 
+            losses.append(policy_part.item())
+            clip_fractions.append(masked_mean(clipped.float(), mask).item())
+            entropy = torch.special.entr(all_logp.detach().exp()).sum(dim=-1)  # (N,)
+            entropies.append(entropy.mean().item())
+        if step_kl > cfg.max_kl:
+            break
+
+    return {
+        "loss": sum(losses) / len(losses),
+        "entropy": sum(entropies) / len(entropies),
+        "first_ratio_error": first_ratio_error,
+        "clip_fraction": sum(clip_fractions) / len(clip_fractions),
+        "updates": len(losses),
+        "step_kl": step_kl,
+    }
+
+
+# evaluate, draw -----------------------------------------------------------------------------------
+
+
+def gold_share(records, answers):
+    """Gold: the share of answers that pass all checks. NaN if a record has no checks."""
+    passed = []
+    for record, answer in zip(records, answers):
+        verdict = judge(record, answer.text, answer.ended)
+        if verdict is None:
+            return float("nan")
+        passed.append(verdict.passed)
+    return sum(passed) / len(passed)
+
+
+class Evaluation(NamedTuple):
+    gold: float  # share of answers that pass all checks
+    reward: float  # mean score of the reward model, clipped as in training
+    kl: float  # KL(pi || pi_sft) in nats per answer, exact at every token
+    answers: list  # of Answer
+
+
+@torch.no_grad()
 def evaluate(policy, reference, rm, tok, records, cfg, device):
-    """Answers to held-out prompts -> gold, mean reward, exact KL in nats per answer, and the answers."""
-    parts = [rollout(policy, reference, rm, tok, records[i:i + 128], cfg, device) for i in range(0, len(records), 128)]
-    answers = [answer for part in parts for answer in texts(part, tok)]
-    score, kl = (torch.cat([part[name] for part in parts]).mean().item() for name in ("score", "exact_kl"))
-    return judged(records, answers), score, kl, answers
+    """The policy answers held-out prompts -> Evaluation."""
+    answers = []
+    score = 0.0
+    kl = 0.0
+    for i in range(0, len(records), 128):
+        batch = rollout(policy, tok, records[i : i + 128], cfg, device)
+        answers += answers_of(batch, tok)
+        score += score_answers(rm, batch, cfg).sum().item()
 
-def draw(records, sft, ppo, path):
-    """The run as one figure: log records, and (gold, reward, KL) on held-out prompts before and after."""
-    title = f"PPO: held-out gold {sft[0]:.2f} -> {ppo[0]:.2f} at {ppo[2]:.1f} nats of KL"
+        # The exact KL sums over the whole vocabulary at each token of the answers.
+        policy_logp = log_probs(policy, batch.ids[:, :-1], batch.mask)  # (N, V)
+        reference_logp = log_probs(reference, batch.ids[:, :-1], batch.mask)
+        kl += (policy_logp.exp() * (policy_logp - reference_logp)).sum().item()
+    n = len(records)
+    return Evaluation(gold_share(records, answers), score / n, kl / n, answers)
+
+
+def draw(records, before, after, path):
+    """The run as one figure: curves over the iterations, and the evaluations before and after."""
+    title = (
+        f"PPO: gold on held-out prompts {before.gold:.2f} -> {after.gold:.2f} "
+        f"at {after.kl:.1f} nats of KL"
+    )
     fig, axes = figure(title, rows=2, columns=3, height=5)
-    panels = {"gold": "share", "reward": "in SD of SFT", "kl": "nats per answer",
-              "entropy": "nats per token", "explained_variance": "share", "length": "tokens"}
-    for i, (ax, key) in enumerate(zip(axes.flat, panels)):
-        ax.plot([r["step"] for r in records], [r[key] for r in records], color=f"C{i}")
-        ax.set(title=key.replace("_", " "), ylabel=panels[key], xlabel="iteration")
-        if i < 3:
-            ax.axhline(sft[i], color="gray", linestyle="--", label="SFT, held out")
-            ax.plot(records[-1]["step"], ppo[i], "ko", label="PPO, held out")
-    axes[0, 0].legend(fontsize=8)
+    panels = {
+        "gold": "share of answers",
+        "reward": "SD of SFT's rewards",
+        "kl": "nats per answer",
+        "entropy": "nats per token",
+        "explained_variance": "share of variance",
+        "length": "tokens per answer",
+    }
+    steps = [record["step"] for record in records]
+    for i, (ax, name) in enumerate(zip(axes.flat, panels)):
+        ax.plot(steps, [record[name] for record in records], color=f"C{i}")
+        ax.set(title=name.replace("_", " "), ylabel=panels[name], xlabel="iteration")
+    for ax, name in zip(axes[0], ("gold", "reward", "kl")):
+        ax.axhline(getattr(before, name), color="gray", linestyle="--", label="SFT, held out")
+        ax.plot(steps[-1], getattr(after, name), "ko", label="after training, held out")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=2)
     save_figure(fig, path)
 
-if __name__ == "__main__":
-    cfg = cli(Config())
-    device, _ = setup(cfg)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # data and models
+if __name__ == "__main__":
+    cfg = parse_args(Config)
+    set_seed(cfg.seed)
+    device = pick_device(cfg.device)
+
+    # data first: a broken file must not wait for models to be built
+    train, val = load_data(cfg)
+
+    # models
     sft = load_checkpoint(cfg.init or require("part_6/out/sft.pt"), "sft")
     scorer = load_checkpoint(cfg.rm or require("part_7/out/rm.pt"), "rm")
-    tok = Tokenizer.load(sft["tokenizer"])
-    short = scorer["gpt_config"]["block_size"] < sft["gpt_config"]["block_size"]
-    if short or scorer["tokenizer"] != sft["tokenizer"]:
-        fail("the reward model has another tokenizer or a shorter context: train --rm from the checkpoint of --init")
+    if scorer["tokenizer"] != sft["tokenizer"]:
+        fail("the reward model has another tokenizer: train --rm from the checkpoint of --init")
+    if scorer["gpt_config"]["block_size"] < sft["gpt_config"]["block_size"]:
+        fail("the reward model has a shorter context: train --rm from the checkpoint of --init")
     policy = ActorCritic.load(sft).to(device)
-    reference = GPT.load(sft).to(device)
-    rm = RewardModel.load(scorer, **scorer["head"]).to(device)
-    train, val = load_data(cfg, tok, policy.cfg.block_size)
-    before = evaluate(policy, reference, rm, tok, val, cfg, device)
-    torch.manual_seed(cfg.seed + rank)  # from here on each process draws answers of its own
-    head = {"params": [policy.v_head.weight], "peak": cfg.lr_value}
-    rest = {"params": [p for p in policy.parameters() if p is not policy.v_head.weight], "peak": cfg.lr}
-    optimizer = torch.optim.AdamW([rest, head], eps=1e-5, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    order = torch.randperm(len(train), generator=generator).tolist()
-    log = Log(cfg, cfg.steps)
-    print(f"{len(train):,} prompts, {len(val):,} held out; SFT gold {before[0]:.3f}, reward {before[1]:.3f}")
+    reference = GPT.load(sft).to(device).requires_grad_(False)
+    rm = RewardModel.load(scorer, **scorer["head"]).to(device).requires_grad_(False)
+    tok = Tokenizer.load(sft["tokenizer"])
+    out = output_folder(cfg)
 
-    # loop
+    # prompts, in a random order
+    train = encode_records(train, tok, policy.cfg.block_size, cfg.max_new_tokens)
+    val = encode_records(val, tok, policy.cfg.block_size, cfg.max_new_tokens)[: cfg.prompts]
+    generator = torch.Generator().manual_seed(cfg.seed)
+    train = [train[i] for i in torch.randperm(len(train), generator=generator)]
+    before = evaluate(policy, reference, rm, tok, val, cfg, device)
+    print(
+        f"{len(train):,} prompts, {len(val):,} held out; "
+        f"SFT has gold {before.gold:.3f} and reward {before.reward:.3f}"
+    )
+    optimizer = make_optimizer(policy, cfg)
+
+    # training loop
+    torch.manual_seed(cfg.seed)
+    log = Log(out, cfg.steps)
     beta = cfg.kl_coef
     for step in range(cfg.steps):
+        start = time.time()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (1 - step / cfg.steps)
-        start, first = time.time(), step * cfg.batch_size + rank
-        asked = [train[order[i % len(order)]] for i in range(first, first + cfg.batch_size, world)]  # round and round
-        batch = rollout(policy, reference, rm, tok, asked, cfg, device)
-        rewards = shape_rewards(batch["kl"], batch["score"], batch["mask"], beta)
-        advantages, returns = gae(rewards, batch["values"], batch["mask"], batch["last_value"], cfg.gamma, cfg.lam)
-        middle = time.time()
-        stats = learn(policy, optimizer, batch, whiten(advantages, batch["mask"]), returns, cfg, generator)
-        batch["seconds"].append(time.time() - middle)
-        assert stats["first_ratio_error"] < 1e-4, f"sampler and scorer disagree by {stats['first_ratio_error']}"
+            group["lr"] = group["peak_lr"] * (1 - step / cfg.steps)
 
-        # report
-        mean = lambda x: total(x.float().mean()).item() / world  # over all processes' answers
-        got, expected = returns[batch["mask"]], batch["values"][batch["mask"]]
-        values = {
-            "reward": mean(batch["score"]), "gold": mean(torch.tensor(judged(asked, texts(batch, tok)))),
-            "kl": mean(batch["exact_kl"]), "beta": beta, "length": mean(batch["mask"].sum(dim=1)),
-            **{k: sum(v) / max(len(v), 1) if isinstance(v, list) else v for k, v in stats.items()},
-            "explained_variance": mean(1 - (got - expected).var() / got.var()),
-            "ended": mean(batch["ended"]), "cut": mean(batch["cut"]),
-            **dict(zip(("rollout_s", "score_s", "update_s"), batch["seconds"])),
+        # rollout: one answer to each prompt
+        records = get_batch(train, step, cfg)
+        batch = rollout(policy, tok, records, cfg, device)
+        rollout_end = time.time()
+
+        # score: the reward model judges the whole answer, the reference model each token
+        score = score_answers(rm, batch, cfg)  # (B,)
+        with torch.no_grad():
+            kl = batch.logp - answer_logp(reference, batch)  # (B, T)
+        rewards = shape_rewards(kl, score, batch.mask, beta)
+        score_end = time.time()
+
+        # advantage: how much better than the critic expected?
+        with torch.no_grad():
+            _, values = policy.act(batch.ids[:, :-1], batch.mask)  # (B, T)
+        advantages, returns = gae(rewards, values, batch.mask, cfg.gamma, cfg.lam)
+        advantages = whiten(advantages, batch.mask)
+
+        # update
+        stats = learn(policy, optimizer, batch, advantages, values, returns, cfg, generator)
+        update_end = time.time()
+
+        # report; a critic that knew nothing would explain 0 of the returns' variance
+        answer_returns = returns[batch.mask]
+        residuals = answer_returns - values[batch.mask]
+        report = {
+            "reward": score.mean().item(),
+            "gold": gold_share(records, answers_of(batch, tok)),
+            "kl": kl.sum(dim=1).mean().item(),
+            "beta": beta,
+            "length": batch.mask.sum(dim=1).float().mean().item(),
+            "ended": batch.ended.float().mean().item(),
+            "explained_variance": 1 - (residuals.var() / answer_returns.var()).item(),
+            **stats,
+            "rollout_s": rollout_end - start,
+            "score_s": score_end - rollout_end,
+            "update_s": update_end - score_end,
             "completions_per_s": cfg.batch_size / (time.time() - start),
         }
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-            values["val_gold"], _, values["val_kl"], _ = evaluate(policy, reference, rm, tok, val, cfg, device)
-        log(step, **values)
-        if cfg.kl_target:
-            beta = next_kl_coef(beta, values["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
-    world == 1 or dist.destroy_process_group()
-    rank == 0 or sys.exit(0)
+        if cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0:
+            evaluation = evaluate(policy, reference, rm, tok, val, cfg, device)
+            report["val_gold"] = evaluation.gold
+            report["val_kl"] = evaluation.kl
+        log(step, **report)
 
-    # what came of it: the table, five prompts side by side, the figure
-    seconds, records = log.seconds, read_jsonl(Path(cfg.out) / "log.jsonl", ["step"])
+        # the loss must use the very probabilities that the tokens were sampled with
+        error = stats["first_ratio_error"]
+        assert error < 1e-4, f"sampler and scorer disagree about a probability by {error}"
+
+        # the controller steers the next iteration's penalty
+        if cfg.kl_target > 0:
+            beta = next_kl_coef(beta, report["kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon)
+    seconds = log.seconds
+
+    # save the policy and what it reached
     after = evaluate(policy, reference, rm, tok, val, cfg, device)
-    save_checkpoint(Path(cfg.out) / "ppo.pt", kind="ppo", changed=cfg.changed, step=cfg.steps, config=asdict(cfg),
-                    **policy.to_checkpoint(), tokenizer=tok.state())
-    save_metrics(cfg, sft_gold=before[0], ppo_gold=after[0], sft_reward=before[1], ppo_reward=after[1], kl=after[2],
-                 seconds=seconds, completions_per_s=sum(r["completions_per_s"] for r in records) / cfg.steps,
-                 first_ratio_error=max(r["first_ratio_error"] for r in records), steps=cfg.steps, seed=cfg.seed)
-    draw(records, before, after, Path(cfg.out) / "train_ppo.png")
-    for r, (old, _), (new, _) in list(zip(val, before[3], after[3]))[:5]:
-        print(f"\n{r['instruction']}\n  SFT: {old}\n  PPO: {new}")
+    log_records = read_jsonl(out / "log.jsonl", ["step"])
+    save_checkpoint(
+        out / "ppo.pt",
+        kind="ppo",
+        changed=cfg.changed,
+        step=cfg.steps,
+        config=asdict(cfg),
+        tokenizer=tok.state(),
+        **policy.to_checkpoint(),
+    )
+    save_metrics(
+        out,
+        sft_gold=before.gold,
+        ppo_gold=after.gold,
+        sft_reward=before.reward,
+        ppo_reward=after.reward,
+        kl=after.kl,
+        seconds=seconds,
+        completions_per_s=cfg.steps * cfg.batch_size / seconds,
+        first_ratio_error=max(record["first_ratio_error"] for record in log_records),
+        steps=cfg.steps,
+        seed=cfg.seed,
+    )
+    draw(log_records, before, after, out / "train_ppo.png")
+
+    # show what it learned: five prompts side by side, then the table
+    for i in range(min(5, len(val))):
+        print(f"\n{val[i]['instruction']}")
+        print(f"  SFT: {before.answers[i].text}")
+        print(f"  PPO: {after.answers[i].text}")
     print(f"\n{len(val)} held-out prompts    gold  reward   KL (nats per answer)")
-    for name, (gold, reward, kl, _) in (("SFT", before), (f"PPO, {seconds:.0f} s", after)):
-        print(f"{name:22} {gold:6.3f}  {reward:6.3f}   {kl:6.2f}")
+    for name, result in (("SFT", before), (f"PPO, {seconds:.0f} s", after)):
+        print(f"{name:22} {result.gold:6.3f}  {result.reward:6.3f}   {result.kl:6.2f}")

@@ -1,14 +1,23 @@
 """
-Part 9 - one SFT checkpoint, five ways to better answers: best-of-n, DPO, PPO, GRPO by reward model, GRPO by judge.
+Part 9: one SFT checkpoint, and five ways to better answers: best-of-n, DPO, PPO, GRPO with a reward
+model, and GRPO with the judge.
 
-    python part_9/demo_methods.py --seeds=3
+    python part_9/demo_methods.py              one seed
+    python part_9/demo_methods.py --seeds=3    three seeds: how much is chance?
 
-PPO and both GRPOs write equally many answers; best-of-n writes as many, to the held-out prompts, and keeps what the
-reward model likes best; DPO writes none, and has the seconds of GRPO by judge. Only that judge is gold itself. Runs are
-half of the scripts' defaults or less. Memory is the process's peak, its program included. Best-of-n's KL is a bound,
-log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3). Intervals are Wilson's (1927).
+What is equal? PPO and both GRPOs sample equally many answers in training. Best-of-n trains nothing:
+it samples as many answers to the held-out prompts, and keeps those that the reward model likes
+best. DPO samples none, and gets the seconds that GRPO with the judge took. Only the judge of the
+last GRPO is gold itself; all others see it through noisy preferences.
+
+The runs have half of the scripts' default steps or less. Memory is the peak of the whole process.
+The KL of best-of-n is a bound, log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3). The
+intervals are Wilson's (1927).
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import json
@@ -17,124 +26,296 @@ import subprocess
 import time
 from dataclasses import dataclass
 from resource import RUSAGE_SELF, getrusage
+from typing import NamedTuple
 
 import torch
 
 import train_dpo
-import train_grpo as g
+import train_grpo
 from model import GPT
-from shared import ROOT, as_json, cli, figure, load_checkpoint, read_jsonl, require, save_figure, save_metrics, setup
+from shared import (
+    ROOT,
+    as_json,
+    figure,
+    load_checkpoint,
+    output_folder,
+    parse_args,
+    pick_device,
+    read_jsonl,
+    require,
+    save_figure,
+    save_metrics,
+    set_seed,
+)
 from tokenizer import Tokenizer
 
-PANELS = {"gold": "share, with 95 % interval", "kl": "nats per answer", "seconds": "s", "memory": "MB, peak"}
-SCRIPTS = {"PPO": ("part_8/train_ppo.py", {}), "GRPO, model": ("part_9/train_grpo.py", {"reward": "model"}),
-           "GRPO, judge": ("part_9/train_grpo.py", {}), "DPO": ("part_9/train_dpo.py", {"eval_every": 9999})}
-MB = (1 if sys.platform == "darwin" else 1024) / 1e6  # of ru_maxrss: bytes there, else kilobytes
-# a small process in between, because a child's peak begins with that of the process which starts it
-PEAK = ("import subprocess, sys; from resource import RUSAGE_CHILDREN, getrusage; code = subprocess.call(sys.argv[1:], "
-        "stdout=2); print(getrusage(RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)")
+
+class Method(NamedTuple):
+    script: str  # the train script, relative to ROOT
+    options: dict  # options of its own
+
+
+METHODS = {
+    "PPO": Method("part_8/train_ppo.py", {}),
+    "GRPO, model": Method("part_9/train_grpo.py", {"reward": "model"}),
+    "GRPO, judge": Method("part_9/train_grpo.py", {}),
+    "DPO": Method("part_9/train_dpo.py", {"eval_every": 9999}),
+}
+
+# What the figure shows: {field of Result: unit}
+PANELS = {
+    "gold": "share of answers, with 95 % interval",
+    "kl": "nats per answer",
+    "seconds": "s",
+    "memory": "MB at the peak",
+}
+
+# getrusage counts bytes on a Mac and kilobytes elsewhere.
+MEGABYTES = (1 if sys.platform == "darwin" else 1024) / 1e6
+
+# Runs a command and prints its peak memory. The peak of a child starts at that of the process which
+# starts it, so this small process stands between the demo, which is large, and the script.
+MEASURE_PEAK = """
+import subprocess, sys
+from resource import RUSAGE_CHILDREN, getrusage
+code = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+print(getrusage(RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
 
 @dataclass
 class Config:
-    init: str = ""  # the SFT model's checkpoint; "": part_6/out/sft.pt
-    rm: str = ""  # the reward model's checkpoint; "": part_7/out/rm.pt
-    steps: int = 16  # iterations of PPO and of GRPO
-    batch_size: int = 128  # answers per iteration
+    init: str = ""  # checkpoint of the SFT model; empty: part_6/out/sft.pt
+    rm: str = ""  # checkpoint of the reward model; empty: part_7/out/rm.pt
+    steps: int = 16  # iterations of PPO and of both GRPOs
+    batch_size: int = 128  # answers per iteration, divisible by 16
     prompts: int = 256  # held-out stories that every method answers
-    seed: int = 0
-    seeds: int = 1  # how many seeds; the README quotes 3
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    seed: int = 0  # seed of all random numbers
+    seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
 
-def wilson(p, n, z=1.96):
-    """A share p of n -> the ends of its interval. 0 of 10 -> (0, .28): unlike p +- z sd it is never a point."""
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "prompts", "seeds"):
+            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        assert self.batch_size % 16 == 0, f"batch_size={self.batch_size} must be divisible by 16"
 
-def best_of_n(policy, tok, records, n, score, run, device):
-    """The best of n answers to each record -> gold, tokens that were sampled."""
-    asked, scores, answers, tokens = [r for r in records for _ in range(n)], [], [], 0
-    for i in range(0, len(asked), 128):
-        batch = g.rollout(policy, policy, tok, asked[i:i + 128], run, device)
-        answers += g.texts(batch, tok)
-        scores.append(score(asked[i:i + 128], batch, None))
-        tokens += batch["mask"].sum().item()
-    best = torch.cat(scores).view(-1, n).argmax(dim=1).tolist()
-    return g.judged(records, [answers[i * n + j] for i, j in enumerate(best)]).mean().item(), tokens
 
-def launch(script, out, device, **options):
-    """A train script in a process of its own -> its policy, seconds, peak MB, tokens that were sampled."""
-    options = [f"--{key}={value}" for key, value in {"out": out, "device": device.type, **options}.items()]
-    child = [sys.executable, "-c", PEAK, sys.executable, str(ROOT / script), *options]
-    done = subprocess.run(child, stdout=subprocess.PIPE, text=True)  # what it prints goes to stderr
-    done.returncode == 0 or sys.exit(done.returncode)  # it has said why
-    checkpoint, metrics, log = (next(out.glob(f"*.{kind}")) for kind in ("pt", "json", "jsonl"))
-    made, lengths = load_checkpoint(checkpoint, None), [r.get("length", 0) for r in read_jsonl(log, ["step"])]
-    tokens = round(sum(lengths) * made["config"]["batch_size"])  # from the rollouts' mean lengths; DPO has none
-    return GPT.load(made).to(device), json.loads(metrics.read_text())["seconds"], int(done.stdout) * MB, tokens
+class Result(NamedTuple):
+    gold: float  # share of the held-out answers that pass all checks
+    kl: float  # KL(pi || pi_sft), nats per answer
+    seconds: float  # of training, or of sampling for best-of-n
+    memory: float  # MB at the peak
+    tokens: int  # tokens that were sampled
 
-def steps_within(seconds, model, tok, device):
-    """How many of train_dpo.py's steps take so long, from five of them."""
-    knobs = train_dpo.Config()
-    pairs = train_dpo.load_data(knobs, tok, model.cfg.block_size)[0][:knobs.batch_size]
-    train_dpo.reference_logp(model, pairs, device)
+
+def wilson(share, n, z=1.96):
+    """The 95 % interval of a share that was measured on n cases -> its two ends.
+
+    0 of 10 -> (0, 0.28): unlike share +- z * deviation, the interval is never a single point.
+    """
+    middle = share + z * z / (2 * n)
+    half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (middle - half_width) / scale, (middle + half_width) / scale
+
+
+# the methods --------------------------------------------------------------------------------------
+
+
+class BestOfN(NamedTuple):
+    gold: float  # share of the kept answers that pass all checks
+    tokens: int  # tokens that were sampled
+
+
+def best_of_n(policy, tok, records, n, reward_of, run, device):
+    """Samples n answers to each record and keeps the one with the highest reward -> BestOfN."""
+    repeated = []
+    for record in records:
+        repeated.extend([record] * n)
+
+    answers = []
+    rewards = []
+    tokens = 0
+    for i in range(0, len(repeated), 128):
+        part = repeated[i : i + 128]
+        batch = train_grpo.rollout(policy, tok, part, run, device)
+        part_answers = train_grpo.answers_of(batch, tok)
+        answers += part_answers
+        rewards.append(reward_of(part, batch, part_answers))
+        tokens += batch.mask.sum().item()
+
+    best = torch.cat(rewards).view(-1, n).argmax(dim=1).tolist()
+    kept = [answers[n * i + choice] for i, choice in enumerate(best)]
+    passed = train_grpo.passed(records, kept)
+    return BestOfN(sum(passed) / len(passed), tokens)
+
+
+class Run(NamedTuple):
+    policy: GPT
+    seconds: float
+    memory: float  # MB at the peak
+    tokens: int  # tokens that were sampled
+
+
+def run_script(script, out, device, **options):
+    """Runs a train script in a process of its own -> Run. What it prints goes to stderr."""
+    options = {"out": out, "device": device.type, **options}
+    command = [sys.executable, "-c", MEASURE_PEAK, sys.executable, str(ROOT / script)]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(done.returncode)  # the script has already printed why
+
+    # Each script writes one checkpoint, one file of metrics and one log.
+    checkpoint = load_checkpoint(next(out.glob("*.pt")), None)
+    metrics = json.loads(next(out.glob("*.json")).read_text())
+    log = read_jsonl(next(out.glob("*.jsonl")), ["step"])
+
+    # The log has the mean length of each batch of answers. DPO samples no answers.
+    mean_lengths = [record.get("length", 0) for record in log]
+    tokens = round(sum(mean_lengths) * checkpoint["config"]["batch_size"])
+    policy = GPT.load(checkpoint).to(device)
+    return Run(policy, metrics["seconds"], int(done.stdout) * MEGABYTES, tokens)
+
+
+def dpo_steps_within(seconds, policy, tok, device):
+    """How many steps of train_dpo.py take so many seconds? Measured on five of them."""
+    defaults = train_dpo.Config()
+    train, _ = train_dpo.load_data(defaults)
+    pairs = train_dpo.encode_records(train[: defaults.batch_size], tok, policy.cfg.block_size)
+    train_dpo.add_reference_logp(policy, pairs, device)
+
     start = time.time()
     for _ in range(5):
-        train_dpo.loss_of(model, pairs, knobs.beta, device)[0].backward()
-    return max(1, round(5 * seconds / (time.time() - start)))
+        loss, _ = train_dpo.pair_loss(policy, pairs, defaults.beta, device)
+        loss.backward()
+    seconds_per_step = (time.time() - start) / 5
+    return max(1, round(seconds / seconds_per_step))
 
-def draw(rows, n, said, path):
-    """rows: {method: [numbers in the order of PANELS, and tokens; one tuple per seed]}."""
-    fig, axes = figure(said, rows=2, columns=2, height=6.5)
-    for j, (ax, key) in enumerate(zip(axes.flat, PANELS)):
-        for i, (name, row) in enumerate(rows.items()):
-            mean = sum(r[j] for r in row) / len(row)
+
+# the figure ---------------------------------------------------------------------------------------
+
+
+def draw(title, results, n, path):
+    """results: {method: [Result of each seed]}, on n held-out stories."""
+    fig, axes = figure(title, rows=2, columns=2, height=6.5)
+    for ax, (field, unit) in zip(axes.flat, PANELS.items()):
+        for i, (name, rows) in enumerate(results.items()):
+            values = [getattr(result, field) for result in rows]
+            mean = sum(values) / len(values)
             ax.barh(name, mean, color="gray" if name == "SFT" else f"C{i - 1}")
-            ax.plot([r[j] for r in row], [name] * len(row), "k.")  # a dot per seed
-            ax.plot(wilson(mean, n) if key == "gold" else [], [name] * (2 * (key == "gold")), "k-")
+            ax.plot(values, [name] * len(values), "k.")  # a dot per seed
+            if field == "gold":
+                ax.plot(wilson(mean, n), [name, name], "k-")
         ax.invert_yaxis()
-        ax.set(title=key, xlabel=PANELS[key])
+        ax.set(title=field, xlabel=unit)
     save_figure(fig, path)
 
-if __name__ == "__main__":
-    cfg = cli(Config())
-    device, _ = setup(cfg)
-    paths = {"init": cfg.init or require("part_6/out/sft.pt"), "rm": cfg.rm or require("part_7/out/rm.pt")}
-    sft, run = load_checkpoint(paths["init"], "sft"), g.Config(reward="model", prompts=cfg.prompts, **paths)
-    tok, reference = Tokenizer.load(sft["tokenizer"]), GPT.load(sft).to(device)
-    score, splits = g.load_reward(run, tok, device), g.load_data(run, tok, reference.cfg.block_size)
-    train, val = ([r for r in records if r["task"] == "story"] for records in splits)
-    data, n = Path(cfg.out) / "demo_methods.data", max(1, cfg.steps * cfg.batch_size // len(val))
-    data.write_text(as_json(train))
-    rows, peak = {name: [] for name in ("SFT", f"best of {n}", *SCRIPTS)}, 0
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        torch.manual_seed(seed)
-        gold = g.evaluate(reference, reference, tok, val, run, device)[0]["story"]
-        rows["SFT"].append((gold, 0.0, 0.0, 0.0, 0))
-        start, (gold, tokens) = time.time(), best_of_n(reference, tok, val, n, score, run, device)
-        peak = peak or getrusage(RUSAGE_SELF).ru_maxrss * MB  # later it would be that of all before it
-        rows[f"best of {n}"].append((gold, math.log(n) - (n - 1) / n, time.time() - start, peak, tokens))
-        for name, (script, more) in SCRIPTS.items():
-            knobs = {"init": paths["init"], "steps": cfg.steps, "seed": seed, "prompts": 8, **more}
-            if name == "DPO":
-                knobs["steps"] = steps_within(rows["GRPO, judge"][-1][2], GPT.load(sft).to(device), tok, device)
-            else:
-                knobs |= {"rm": paths["rm"], "data": data, "batch_size": cfg.batch_size}
-            policy, *costs = launch(script, Path(cfg.out) / f"demo_methods.{name}.{seed}", device, **knobs)
-            torch.manual_seed(seed)  # the same random numbers behind every policy's answers
-            gold, kl, _ = g.evaluate(policy, reference, tok, val, run, device)
-            rows[name].append((gold["story"], kl, *costs))
 
-    # what it says
-    mean = {name: [sum(x) / len(x) for x in zip(*row)] for name, row in rows.items()}
-    ends = {name: wilson(x[0], len(val)) for name, x in mean.items()}
+if __name__ == "__main__":
+    cfg = parse_args(Config)
+    set_seed(cfg.seed)
+    device = pick_device(cfg.device)
+
+    # the SFT model and the reward model
+    init = cfg.init or require("part_6/out/sft.pt")
+    rm = cfg.rm or require("part_7/out/rm.pt")
+    sft = load_checkpoint(init, "sft")
+    tok = Tokenizer.load(sft["tokenizer"])
+    reference = GPT.load(sft).to(device).requires_grad_(False)
+    run = train_grpo.Config(reward="model", rm=str(rm))
+    reward_of = train_grpo.load_reward(run, tok, device)
+    out = output_folder(cfg)
+
+    # Prompts that ask for stories. The scripts read those for training from a file.
+    train, val = train_grpo.load_data(run)
+    train = [record for record in train if record["task"] == "story"]
+    val = [record for record in val if record["task"] == "story"]
+    val = train_grpo.encode_records(val, tok, reference.cfg.block_size, run.max_new_tokens)
+    val = val[: cfg.prompts]
+    data = out / "demo_methods.data"
+    data.write_text(as_json(train))
+
+    n = max(1, cfg.steps * cfg.batch_size // len(val))
+    best_of = f"best of {n}"
+    results = {name: [] for name in ("SFT", best_of, *METHODS)}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        # the SFT model as it is, and the best of its answers
+        torch.manual_seed(seed)
+        evaluation = train_grpo.evaluate(reference, reference, tok, val, run, device)
+        results["SFT"].append(Result(evaluation.gold["story"], 0.0, 0.0, 0.0, 0))
+        start = time.time()
+        best = best_of_n(reference, tok, val, n, reward_of, run, device)
+        seconds = time.time() - start
+
+        # A process's peak never falls. From the second seed on it would be that of everything.
+        if seed == cfg.seed:
+            peak = getrusage(RUSAGE_SELF).ru_maxrss * MEGABYTES
+        kl_bound = math.log(n) - (n - 1) / n
+        results[best_of].append(Result(best.gold, kl_bound, seconds, peak, best.tokens))
+
+        # the train scripts, and what their policies answer
+        for name, method in METHODS.items():
+            options = {"init": init, "steps": cfg.steps, "seed": seed, "prompts": 8}
+            if name == "DPO":
+                budget = results["GRPO, judge"][-1].seconds
+                policy = GPT.load(sft).to(device)
+                options["steps"] = dpo_steps_within(budget, policy, tok, device)
+            else:
+                options |= {"rm": rm, "data": data, "batch_size": cfg.batch_size}
+            options |= method.options
+            folder = out / f"demo_methods.{name}.{seed}"
+            trained = run_script(method.script, folder, device, **options)
+
+            # Every policy gets the same random numbers to sample its answers with.
+            torch.manual_seed(seed)
+            evaluation = train_grpo.evaluate(trained.policy, reference, tok, val, run, device)
+            results[name].append(
+                Result(
+                    evaluation.gold["story"],
+                    evaluation.kl,
+                    trained.seconds,
+                    trained.memory,
+                    trained.tokens,
+                )
+            )
+
+    # the table: means over the seeds
+    means = {}
+    intervals = {}
     print(f"{'':12}  gold  95 % interval     KL  seconds  MB peak  tokens sampled")
-    for name, (gold, *x) in mean.items():
-        print("{:12} {:5.3f}  {:.3f} to {:.3f} {:6.2f} {:8.1f} {:8.0f} {:15,.0f}".format(name, gold, *ends[name], *x))
-    first, second, *_ = sorted(set(rows) - {"SFT", "GRPO, judge"}, key=lambda name: -mean[name][0])
-    link = "no difference from" if ends[first][0] <= ends[second][1] else "ahead of"
-    said = (f"Gold: SFT {mean['SFT'][0]:.2f}, GRPO by the judge {mean['GRPO, judge'][0]:.2f}; "
-            f"without it\n{first} {mean[first][0]:.2f}, {link} {second} {mean[second][0]:.2f}")
-    print(said)
-    save_metrics(cfg, name="demo_methods", columns=[*PANELS, "tokens"], **rows, gold_intervals=ends, prompts=len(val))
-    draw(rows, len(val), said, Path(cfg.out) / "demo_methods.png")
+    for name, rows in results.items():
+        mean = Result(*[sum(values) / len(rows) for values in zip(*rows)])
+        low, high = wilson(mean.gold, len(val))
+        means[name] = mean
+        intervals[name] = (low, high)
+        print(
+            f"{name:12} {mean.gold:5.3f}  {low:.3f} to {high:.3f} {mean.kl:6.2f} "
+            f"{mean.seconds:8.1f} {mean.memory:8.0f} {mean.tokens:15,.0f}"
+        )
+
+    # what it says: of the methods that do not train on gold, is the best one clearly ahead?
+    rivals = [name for name in results if name not in ("SFT", "GRPO, judge")]
+    rivals.sort(key=lambda name: -means[name].gold)
+    first, second = rivals[:2]
+    verdict = "ahead of"
+    if intervals[first][0] <= intervals[second][1]:
+        verdict = "no difference from"
+    title = (
+        f"Gold: SFT {means['SFT'].gold:.2f}, GRPO with the judge "
+        f"{means['GRPO, judge'].gold:.2f}; without the judge\n"
+        f"{first} {means[first].gold:.2f}, {verdict} {second} {means[second].gold:.2f}"
+    )
+    print(title)
+    save_metrics(
+        out,
+        name="demo_methods",
+        columns=Result._fields,
+        **results,
+        gold_intervals=intervals,
+        prompts=len(val),
+        seeds=cfg.seeds,
+    )
+    draw(title, results, len(val), out / "demo_methods.png")

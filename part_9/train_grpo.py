@@ -1,320 +1,645 @@
 """
-Part 9 - GRPO: several answers to one prompt, each judged against the mean of its group. No critic, and no model of
-reward where the answer itself can be checked.
+Part 9: GRPO. Several answers to each prompt, and each is compared with the mean of its group. No
+critic, and no reward model where the answer itself can be checked.
 
-    python part_9/train_grpo.py                         the reward is verifiable: 1 where all checks hold, else 0
-    python part_9/train_grpo.py --reward=model          Part 7's reward model instead
-    python part_9/train_grpo.py --data=my.jsonl --reward=my.py:score      your own score(record, answer) -> float
-    torchrun --nproc_per_node=2 part_9/train_grpo.py    each process answers and learns from its half of the prompts
-
-An answer's advantage is its reward less its group's mean, the same for all its tokens; the KL to the SFT model is a
-term of the loss (Shao et al. 2024, DeepSeekMath, eq. 3). The default reward is gold itself: here it is trained on.
+    python part_9/train_grpo.py                    a verifiable reward: 1 if all checks pass, else 0
+    python part_9/train_grpo.py --reward=model     Part 7's reward model instead
+    python part_9/train_grpo.py --data=my.jsonl --reward=my.py:score
+                                                   your own prompts, and your own function
+                                                   score(record, answer) -> float
 
 From part_8/train_ppo.py
-    New      aggregate, kl_penalty, group_advantage, log_probs, load_reward
-    Changed  Config, load_data, ppo_loss, rollout, judged, learn, evaluate, draw
-    Removed  whiten, shape_rewards, gae, value_loss, next_kl_coef (the critic's, and the shaped reward's)
+    New      aggregate, group_advantage, kl_penalty, call_user_code, load_function, load_reward,
+             passed, gold_by_task
+    Changed  Config, load_data, get_batch, learn, Evaluation, evaluate, draw, main body
+    Removed  whiten, shape_rewards, gae, value_loss, next_kl_coef, make_optimizer, answer_logp,
+             score_answers, gold_share
+
+What changes against PPO (Shao et al. 2024, DeepSeekMath, eq. 3):
+
+    the critic goes      the mean reward of the group takes its place (group_advantage), and all
+                         tokens of an answer have the same advantage
+    the KL moves         from the reward into the loss, where it has a gradient of its own
+                         (kl_penalty)
+
+The default reward is gold itself: here it is trained on.
 """
-import sys; from pathlib import Path
+
+import sys
+from pathlib import Path
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import os
+import math
+import numbers
 import runpy
 import time
+import traceback
+from collections import defaultdict
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from model import GPT, RewardModel
-from shared import (Log, cli, fail, figure, judge, load_checkpoint, need, read_jsonl, require, save_checkpoint,
-                    save_figure, save_metrics, setup)
+from shared import (
+    Log,
+    fail,
+    figure,
+    judge,
+    load_checkpoint,
+    output_folder,
+    parse_args,
+    pick_device,
+    read_jsonl,
+    require,
+    save_checkpoint,
+    save_figure,
+    save_metrics,
+    set_seed,
+)
 from tokenizer import Tokenizer
+
 
 @dataclass
 class Config:
     # data
-    data: str = "stories"  # "stories" (the built-in world) or the path of a JSON or JSONL file with Alpaca's fields
-    init: str = ""  # the SFT model's checkpoint; "": part_6/out/sft.pt
-    rm: str = ""  # the reward model's checkpoint, for --reward=model; "": part_7/out/rm.pt
+    data: str = "stories"  # stories (the built-in world) or a JSON or JSONL file, Alpaca's fields
+    init: str = ""  # checkpoint of the SFT model; empty: part_6/out/sft.pt
+    rm: str = ""  # checkpoint of the reward model, for --reward=model; empty: part_7/out/rm.pt
     # rollout and reward
-    reward: str = "judge"  # "judge" (all checks hold: 1, else 0), "model", or FILE.py:FUNCTION of (record, answer)
-    steps: int = 120  # iterations: one rollout, one scoring, a few updates
-    batch_size: int = 128  # answers per rollout
+    reward: str = "judge"  # judge (1 if all checks pass, else 0), model, or FILE.py:FUNCTION
+    steps: int = 120  # iterations: each samples answers, scores them and updates the policy
+    batch_size: int = 128  # answers per iteration
     group: int = 8  # answers per prompt
     max_new_tokens: int = 72  # longest answer, in tokens
-    # loss and update
-    kl: str = "exact"  # per token: exact (over the whole vocabulary), or the estimators k1, k2, k3
+    # loss
+    kl: str = "exact"  # KL per token: exact (over the whole vocabulary), or estimated: k1, k2, k3
     kl_coef: float = 0.02  # beta, the weight of the KL in the loss
-    scale_std: bool = False  # divide by the group's standard deviation too: prompts of hardly any spread count most
-    loss_norm: str = "sequence"  # mean of each answer, then of answers; tokens: over all; or constant (length free)
+    scale_std: bool = False  # divide by the group's standard deviation, too
+
+    # how token losses are averaged: sequence (in each answer, then over the answers), tokens (over
+    # all tokens of the batch) or constant (the sum over batch_size * max_new_tokens)
+    loss_norm: str = "sequence"
+
+    # update
     epochs: int = 1  # passes over each rollout
     minibatches: int = 2  # updates per pass
-    clip: float = 0.2  # a ratio may leave 1 by this much
-    lr: float = 6e-4  # AdamW's rate at first, eps 1e-5; it falls linearly to 0 over the run
+    clip: float = 0.2  # a ratio further than this from 1, in its advantage's direction, is clipped
+    lr: float = 6e-4  # learning rate of AdamW at the first iteration; it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient
+    # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
-    prompts: int = 512  # held-out stories, and as many held-out skills, that are answered and judged at the end
-    seed: int = 0
-    device: str = ""  # cuda, mps or cpu; "": the best there is
-    out: str = ""  # "": out/ beside this script
+    prompts: int = 512  # held-out stories, and as many other tasks, that are answered and judged
+    seed: int = 0  # seed of all random numbers
+    device: str = ""  # cuda, mps or cpu; empty: the best available
+    out: str = ""  # output folder; empty: out/ beside this script
 
     def __post_init__(self):
-        share = self.minibatches * self.group * int(os.environ.get("WORLD_SIZE", 1))
-        assert self.steps > 0 and self.group > 1, "steps must be at least 1, group at least 2"
-        assert self.batch_size % share == 0, f"batch_size={self.batch_size}: no multiple of group * minibatches * ranks"
-        assert self.kl in ("exact", "k1", "k2", "k3"), f"kl={self.kl}: it is exact, k1, k2 or k3"
-        assert self.loss_norm in ("tokens", "sequence", "constant"), "loss_norm is tokens, sequence or constant"
+        sizes = ("steps", "batch_size", "max_new_tokens", "epochs", "minibatches", "prompts")
+        for name in sizes:
+            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        assert self.group > 1, f"group={self.group} must be at least 2: answers are compared"
+        parts = self.group * self.minibatches
+        assert self.batch_size % parts == 0, (
+            f"batch_size={self.batch_size} must be divisible by group * minibatches = {parts}"
+        )
+        assert self.kl in ("exact", "k1", "k2", "k3"), f"kl={self.kl} must be exact, k1, k2 or k3"
+        assert self.loss_norm in ("tokens", "sequence", "constant"), (
+            f"loss_norm={self.loss_norm} must be tokens, sequence or constant"
+        )
 
-# data ----------------------------------------------------------------------------------------------------------------
 
-def encode(record, tok):
-    """-> prompt ids, with the template's tokens."""
-    text = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
+# data ---------------------------------------------------------------------------------------------
+
+
+def load_data(cfg):
+    """Reads and checks the prompts -> training and held-out records."""
+    fields = ["instruction", "input"]
+    if cfg.data == "stories":
+        folder = require("data/stories")
+        train = read_jsonl(folder / "instructions.jsonl", [*fields, "task"])
+        val = read_jsonl(folder / "instructions_val.jsonl", [*fields, "task"])
+        return train, val
+
+    records = read_jsonl(cfg.data, fields)
+    split = int(0.9 * len(records))
+    if split == 0:
+        fail(f"--data={cfg.data} has {len(records)} record; at least 2 are needed, one to validate")
+    return records[:split], records[split:]
+
+
+def chat_prompt(record, tok):
+    """The request in the chat template -> token ids. The answer comes right after them.
+
+    A record has Alpaca's fields (instruction and input) or TRL's field (prompt).
+    """
+    if "instruction" not in record:
+        text = record["prompt"]
+    elif record["input"]:
+        text = record["instruction"] + "\n" + record["input"]
+    else:
+        text = record["instruction"]
     return [tok.special["<|user|>"], *tok.encode(text), tok.special["<|assistant|>"]]
 
-def load_data(cfg, tok, block_size):
-    """-> training and held-out prompts. What leaves no room for an answer is counted and left out."""
-    if cfg.data == "stories":
-        paths = [require("data/stories") / f"instructions{split}.jsonl" for split in ("", "_val")]
-        splits = [read_jsonl(path, ["instruction", "input"]) for path in paths]
-    else:
-        records = read_jsonl(cfg.data, ["instruction", "input"])
-        splits = [records[:int(0.9 * len(records))], records[int(0.9 * len(records)):]]
-    room = block_size - cfg.max_new_tokens
-    asked = [[{**r, "prompt": encode(r, tok)} for r in records] for records in splits]
-    kept = [[r for r in records if len(r["prompt"]) <= room] for records in asked]
-    if kept != asked:
-        print(f"prompts of over {room} tokens, left out: {len(sum(asked, [])) - len(sum(kept, []))}")
-    if not all(kept):
-        fail(f"--data={cfg.data}: no prompt has at most {room} tokens: take a smaller --max_new_tokens")
-    story = lambda r: r.get("task", "story") == "story"
-    return kept[0], [*filter(story, kept[1])][:cfg.prompts] + [r for r in kept[1] if not story(r)][:cfg.prompts]
 
-# the lesson's mathematics. In all (B, T) arrays index t is about token t + 1: its log-probability, whether it is part
-# of the answer (mask), and the advantage of choosing it.
+def encode_records(records, tok, block_size, max_new_tokens):
+    """Adds "prompt_ids" to each record -> the records that leave room for an answer. The others are
+    counted and left out."""
+    room = block_size - max_new_tokens
+    kept = []
+    for record in records:
+        prompt_ids = chat_prompt(record, tok)
+        if len(prompt_ids) <= room:
+            kept.append({**record, "prompt_ids": prompt_ids})
+    if len(kept) < len(records):
+        left_out = len(records) - len(kept)
+        print(f"{left_out} of {len(records)} prompts are longer than {room} tokens: left out")
+    if not kept:
+        fail(f"no prompt fits in {room} tokens: use a smaller --max_new_tokens")
+    return kept
 
-def pick(logp, ids):
-    """Log-probabilities of all tokens (..., V), and the ids (...) that came -> theirs."""
-    return logp.gather(-1, ids[..., None]).squeeze(-1)
 
-def total(x):
-    """A tensor's sum over all processes, on each of them: itself where there is one process."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def pad(rows, value):
+    """Lists of different lengths -> one tensor (B, T), padded on the right."""
+    rows = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def get_batch(records, step, cfg):
+    """The records whose prompts are answered at a step, each cfg.group times in a row. The steps go
+    round and round."""
+    prompts = cfg.batch_size // cfg.group
+    first = step * prompts
+    batch = []
+    for i in range(first, first + prompts):
+        batch.extend([records[i % len(records)]] * cfg.group)
+    return batch
+
+
+# the lesson's mathematics -------------------------------------------------------------------------
+#
+# In all (B, T) tensors index t is about the choice of token t + 1: its log-probability, whether it
+# belongs to the answer (mask), and its advantage.
+
+
+def gather_logp(all_logp, ids):
+    """Log-probabilities of all tokens (..., V) -> those of the tokens ids (...)."""
+    return all_logp.gather(-1, ids[..., None]).squeeze(-1)
+
 
 def masked_mean(x, mask):
-    """The mean over the mask's entries. Of several processes each gets its share: the total is the mean over all."""
-    return (x * mask).sum() / total(mask.sum())
+    """The mean of x over the entries of the mask."""
+    return (x * mask).sum() / mask.sum()
+
 
 def aggregate(x, mask, norm, longest):
-    """Terms per token (B, T) -> one number. "tokens": their mean over the batch. "sequence": each answer's mean, then
-    the mean of the answers, as Shao et al. wrote it; a token of a long answer counts less. "constant": their sum over
-    B * longest, so that no length counts (Liu et al. 2025, Dr. GRPO). Of several processes each gets its share."""
+    """Terms of the loss for each token (B, T) -> one number.
+
+    sequence: the mean of each answer, then the mean over the answers (Shao et al. 2024); a token of
+    a long answer counts less. tokens: the mean over all tokens of the batch. constant: the sum over
+    B * longest, so that no length counts (Liu et al. 2025, Dr. GRPO).
+    """
     if norm == "tokens":
         return masked_mean(x, mask)
-    each = (x * mask).sum(dim=1) / (mask.sum(dim=1) if norm == "sequence" else longest)
-    return each.sum() / total(torch.tensor(len(each), device=x.device))
+    totals = (x * mask).sum(dim=1)  # (B,)
+    if norm == "sequence":
+        return (totals / mask.sum(dim=1)).mean()
+    return (totals / longest).mean()
+
 
 def group_advantage(reward, group, scale_std):
-    """Rewards (B,) of answers whose groups stand together -> reward - mean of its group, (B,); exactly 0 where all of
-    a group are equal. [1, 0, 0, 1], group 2 -> [.5, -.5, -.5, .5]. scale_std: over the group's standard deviation."""
-    r = reward.view(-1, group)
-    advantage = r - r.mean(dim=1, keepdim=True)
-    if scale_std:
-        advantage = advantage / (r.std(dim=1, keepdim=True) + 1e-4)
-    return advantage.masked_fill((r == r[:, :1]).all(dim=1, keepdim=True), 0.0).flatten()
+    """Rewards (B,) of answers whose groups stand together -> reward minus the mean of its group
+    (B,); exactly 0 where all rewards of a group are equal.
 
-def kl_penalty(now, then, ids, kind):
-    """KL(pi || pi_sft) at N tokens: log-probabilities now and then (N, V), and the ids (N,) that came -> (N,).
-    exact sums over the vocabulary. With d = log pi - log pi_sft of the token that came (Schulman 2020): k1 = d, which
-    as a loss has gradient 0 on average; k2 = d^2 / 2, whose gradient is the exact one's on average; k3 = e^-d - 1 + d.
+    [1, 0, 0, 1] in groups of 2 -> [.5, -.5, -.5, .5]. scale_std also divides by the standard
+    deviation of the group, which gives more weight to groups whose rewards hardly differ.
+    """
+    reward = reward.view(-1, group)  # (prompts, group)
+    advantage = reward - reward.mean(dim=1, keepdim=True)
+    if scale_std:
+        advantage = advantage / (reward.std(dim=1, keepdim=True) + 1e-4)
+    all_equal = (reward == reward[:, :1]).all(dim=1, keepdim=True)
+    return advantage.masked_fill(all_equal, 0.0).flatten()
+
+
+def kl_penalty(logp, reference_logp, tokens, kind):
+    """KL(pi || pi_sft) at N tokens -> (N,), from the log-probabilities (N, V) of both models and
+    the tokens (N,) that were sampled.
+
+    exact sums over the vocabulary. The estimators (Schulman 2020) use the sampled token only, with
+    d = log pi - log pi_sft: k1 = d, whose gradient is zero on average, so as a loss it does
+    nothing; k2 = d^2 / 2, whose gradient is that of the exact KL on average; k3 = e^-d - 1 + d,
+    DeepSeekMath's, whose gradient is that of KL(pi_sft || pi).
     """
     if kind == "exact":
-        return (now.exp() * (now - then)).sum(dim=-1)
-    d = pick(now, ids) - pick(then, ids)
-    return {"k1": d, "k2": d ** 2 / 2, "k3": (-d).exp() - 1 + d}[kind]
+        return (logp.exp() * (logp - reference_logp)).sum(dim=-1)
+    d = gather_logp(logp, tokens) - gather_logp(reference_logp, tokens)
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d**2 / 2
+    return (-d).exp() - 1 + d
 
-def ppo_loss(logp, old_logp, advantages, mask, clip):
-    """The clipped surrogate (Schulman et al. 2017, eq. 7) -> (B, T) losses, share of tokens at which the clip acts."""
+
+def ppo_loss(logp, old_logp, advantages, clip):
+    """The clipped surrogate (Schulman et al. 2017, eq. 7) -> the loss of each token, and whether
+    the clip acts on it, (B, T) each.
+
+    At ratio 1 its gradient is that of -log pi * advantage. Later the ratio corrects for tokens that
+    the old policy sampled. A token whose probability has moved by more than `clip` in the direction
+    of its advantage gets no further gradient; the max keeps the gradient of one that has moved
+    against it.
+    """
     ratio = (logp - old_logp).exp()
-    free, held = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.max(free, held), masked_mean((held > free).float(), mask)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.max(unclipped, clipped), clipped > unclipped
 
-# rollout, reward, learn, evaluate -------------------------------------------------------------------------------------
 
-def log_probs(model, ids, mask):
-    """Log-probabilities (N, V) at the N positions of ids (B, T) whose next token is an answer's."""
-    return model.lm_head(model.trunk(ids)[mask]).log_softmax(dim=-1)
+# rollout, score, learn ----------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """One sampled answer to each of B prompts."""
+
+    ids: torch.Tensor  # (B, T + 1) prompt and answer, padded on the right
+    starts: torch.Tensor  # (B,) where the answer starts
+    lengths: torch.Tensor  # (B,) where it ends, its end token included
+    ended: torch.Tensor  # (B,) bool, False if it was cut off before its end token
+    mask: torch.Tensor  # (B, T) bool, True where the next token belongs to the answer
+    logp: torch.Tensor  # (B, T) log-probability of the next token when it was sampled, else 0
+
 
 @torch.no_grad()
-def rollout(policy, reference, tok, records, cfg, device):
-    """One answer to each record at temperature 1, from the whole vocabulary: what is scored is what was sampled."""
+def rollout(policy, tok, records, cfg, device):
+    """The policy answers each record's prompt_ids -> Rollout.
+
+    It samples at temperature 1 from the whole vocabulary: the log-probabilities that the loss uses
+    must be those of the distribution that the tokens came from.
+    """
     end = tok.special["<|end|>"]
-    starts = torch.tensor([len(r["prompt"]) for r in records], device=device)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["prompt"]) for r in records], True, end).to(device)
-    ids, logp = policy.generate(ids, cfg.max_new_tokens, lengths=starts, stop=end, return_logp=True)
-    sampled = logp.isfinite()  # (B, T): not the prompt, not the padding
+    prompts = [record["prompt_ids"] for record in records]
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids, logp = policy.generate(
+        pad(prompts, end).to(device),
+        cfg.max_new_tokens,
+        lengths=starts,
+        stop=end,
+        return_logp=True,
+    )
+    sampled = logp.isfinite()  # (B, T + 1): neither prompt nor padding
     lengths = starts + sampled.sum(dim=1)
-    ended = ids.gather(1, lengths[:, None] - 1).squeeze(1) == end
-    mask = sampled[:, 1:]
-    return {
-        "ids": ids, "starts": starts, "lengths": lengths, "ended": ended, "mask": mask,
-        "logp": logp[:, 1:].nan_to_num(), "then": log_probs(reference, ids[:, :-1], mask),
-    }
+    last_token = ids.gather(1, lengths[:, None] - 1).squeeze(1)
+    return Rollout(
+        ids=ids,
+        starts=starts,
+        lengths=lengths,
+        ended=last_token == end,
+        mask=sampled[:, 1:],
+        logp=logp[:, 1:].nan_to_num(),
+    )
 
-def texts(batch, tok):
-    """-> list of (answer, whether it ended)."""
-    rows = zip(*(batch[name].tolist() for name in ("ids", "starts", "lengths", "ended")))
-    return [(tok.decode(ids[start:length - ended]), ended) for ids, start, length, ended in rows]
 
-def judged(records, answers):
-    """1.0 where all checks hold, else 0.0: gold. NaN where a record has no checks."""
-    verdicts = [judge(r, text, ended) for r, (text, ended) in zip(records, answers)]
-    return torch.tensor([float("nan") if v is None else float(v[2]) for v in verdicts])
+class Answer(NamedTuple):
+    ids: list  # tokens, without the end token
+    text: str
+    ended: bool  # False if it was cut off before its end token
+
+
+def answers_of(batch, tok):
+    """The answers of a rollout -> a list of Answer."""
+    answers = []
+    rows = zip(
+        batch.ids.tolist(), batch.starts.tolist(), batch.lengths.tolist(), batch.ended.tolist()
+    )
+    for row, start, length, ended in rows:
+        ids = row[start:length]
+        if ended:
+            ids = ids[:-1]
+        answers.append(Answer(ids, tok.decode(ids), ended))
+    return answers
+
+
+def log_probs(model, ids, mask):
+    """Log-probabilities (N, V) of all tokens, at the N positions of ids (B, T) where the mask is
+    True. The head is the costly part, so it computes nothing else."""
+    x = model.trunk(ids)  # (B, T, C)
+    return model.lm_head(x[mask]).log_softmax(dim=-1)
+
+
+def call_user_code(reward, function, *arguments):
+    """function(*arguments). It runs the user's own code, and any error there ends in one line."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = type(error).__name__
+        fail(f"--reward={reward}: {kind}: {error} ({place.filename} line {place.lineno})")
+
+
+def load_function(reward):
+    """The function that --reward=FILE.py:FUNCTION names."""
+    file, _, name = reward.rpartition(":")
+    if not Path(file).is_file():
+        fail(f"--reward={reward} must be judge, model, or FILE.py:FUNCTION of an existing file")
+    function = call_user_code(reward, runpy.run_path, file).get(name)
+    if not callable(function):
+        fail(f"--reward={reward}: {file} has no function {name}")
+    return function
+
 
 def load_reward(cfg, tok, device):
-    """-> a function of (records, batch, answers) that gives the rewards (B,)."""
+    """The reward that cfg.reward names -> a function (records, batch, answers) -> rewards (B,)."""
     if cfg.reward == "judge":
-        return lambda records, batch, answers: judged(records, answers).to(device)
+
+        def judge_reward(records, batch, answers):
+            return torch.tensor(passed(records, answers), device=device)
+
+        return judge_reward
+
     if cfg.reward == "model":
         scorer = load_checkpoint(cfg.rm or require("part_7/out/rm.pt"), "rm")
-        need(scorer["tokenizer"] == tok.state(), "the reward model and the policy have different tokenizers")
+        if scorer["tokenizer"] != tok.state():
+            fail("the reward model has another tokenizer: train --rm from the checkpoint of --init")
         rm = RewardModel.load(scorer, **scorer["head"]).to(device).requires_grad_(False)
-        return lambda records, batch, answers: rm(  # clipped, and with a penalty for no end, as in Part 8
-            batch["ids"], batch["starts"], batch["lengths"]).clamp(-1.5, 1.5).masked_fill(~batch["ended"], -2.0)
-    file, _, name = cfg.reward.rpartition(":")
-    need(Path(file).is_file(), f"--reward={cfg.reward}: it is judge, model, or FILE.py:FUNCTION of a file that exists")
-    function = runpy.run_path(file).get(name) or fail(f"--reward: {file} has no function {name}")
-    return lambda records, batch, answers: torch.tensor(
-        [float(function(r, text)) for r, (text, _) in zip(records, answers)], device=device)
 
-def learn(policy, optimizer, batch, advantages, cfg, generator):
-    """The updates of one rollout: epochs x minibatches. Only the first one is on-policy; clipping is for the others."""
-    stats = {"loss": [], "clip_fraction": [], "entropy": []}
-    row_of = batch["mask"].nonzero()[:, 0]  # (N,) whose answer each of batch["then"]'s tokens is in
+        def model_reward(records, batch, answers):
+            # Clipped, and with a fixed low score for an answer without an end, as in Part 8.
+            score = rm(batch.ids, batch.starts, batch.lengths).clamp(-1.5, 1.5)
+            return score.masked_fill(~batch.ended, -2.0)
+
+        return model_reward
+
+    function = load_function(cfg.reward)
+
+    def user_reward(records, batch, answers):
+        scores = []
+        for record, answer in zip(records, answers):
+            score = call_user_code(cfg.reward, function, record, answer.text)
+            if not isinstance(score, numbers.Real) or not math.isfinite(score):
+                fail(
+                    f"--reward={cfg.reward} must return a finite number, but it returned {score!r}"
+                )
+            scores.append(float(score))
+        return torch.tensor(scores, device=device)
+
+    return user_reward
+
+
+def learn(policy, reference, optimizer, batch, advantages, cfg, generator):
+    """Several epochs of minibatches over the rollout -> a dict of numbers for the log. Only the
+    first update is on-policy; the ratio and its clipping are for the others."""
+    losses = []
+    clip_fractions = []
+    entropies = []
+    kls = []
+    first_ratio_error = None
     for _ in range(cfg.epochs):
-        for rows in torch.randperm(len(advantages), generator=generator).chunk(cfg.minibatches):
-            rows = rows.sort().values.to(row_of.device)  # in the order in which their tokens stand
-            old, mask, ids = batch["logp"][rows], batch["mask"][rows], batch["ids"][rows]
-            came, then = ids[:, 1:][mask], batch["then"][torch.isin(row_of, rows)]
-            all_logp = log_probs(policy, ids[:, :-1], mask)
-            logp = old.masked_scatter(mask, pick(all_logp, came))
-            if "first_ratio_error" not in stats:
-                stats["first_ratio_error"] = (((logp - old).exp() - 1).abs() * mask).max().item()
-            policy_part, clipped = ppo_loss(logp, old, advantages[rows, None], mask, cfg.clip)
-            kl = torch.zeros_like(old).masked_scatter(mask, kl_penalty(all_logp, then, came, cfg.kl))
-            loss = aggregate(policy_part + cfg.kl_coef * kl, mask, cfg.loss_norm, cfg.max_new_tokens)
+        order = torch.randperm(len(advantages), generator=generator)
+        for rows in order.chunk(cfg.minibatches):
+            ids = batch.ids[rows]
+            mask = batch.mask[rows]
+            old_logp = batch.logp[rows]
+
+            # what the policy and the reference say now
+            all_logp = log_probs(policy, ids[:, :-1], mask)  # (N, V)
+            with torch.no_grad():
+                reference_logp = log_probs(reference, ids[:, :-1], mask)  # (N, V)
+            tokens = ids[:, 1:][mask]  # (N,)
+            logp = old_logp.masked_scatter(mask, gather_logp(all_logp, tokens))  # (B, T)
+
+            # Before the first update the policy is the sampler, so every ratio is 1.
+            ratio = (logp - old_logp).detach().exp()
+            if first_ratio_error is None:
+                first_ratio_error = (ratio - 1).abs().max().item()
+
+            policy_losses, clipped = ppo_loss(logp, old_logp, advantages[rows, None], cfg.clip)
+            token_kl = kl_penalty(all_logp, reference_logp, tokens, cfg.kl)  # (N,)
+            kl = torch.zeros_like(old_logp).masked_scatter(mask, token_kl)  # (B, T)
+            token_losses = policy_losses + cfg.kl_coef * kl
+            loss = aggregate(token_losses, mask, cfg.loss_norm, cfg.max_new_tokens)
+
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for p in policy.parameters():
-                total(p.grad)  # the losses are shares of one mean
             torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
             optimizer.step()
-            entropy = torch.special.entr(all_logp.detach().exp()).sum() / total(mask.sum())
-            for name, value in (("loss", loss), ("clip_fraction", clipped), ("entropy", entropy)):
-                stats[name].append(total(value.detach()).item())
-    return stats
+
+            losses.append(loss.item())
+            clip_fractions.append(masked_mean(clipped.float(), mask).item())
+            entropy = torch.special.entr(all_logp.detach().exp()).sum(dim=-1)  # (N,)
+            entropies.append(entropy.mean().item())
+            exact_kl = kl_penalty(all_logp.detach(), reference_logp, tokens, "exact")  # (N,)
+            kls.append(exact_kl.sum().item() / len(rows))
+
+    return {
+        "kl": sum(kls) / len(kls),
+        "loss": sum(losses) / len(losses),
+        "entropy": sum(entropies) / len(entropies),
+        "first_ratio_error": first_ratio_error,
+        "clip_fraction": sum(clip_fractions) / len(clip_fractions),
+    }
+
+
+# evaluate, draw -----------------------------------------------------------------------------------
+
+
+def passed(records, answers):
+    """1.0 for each answer that passes all checks, else 0.0 (gold); NaN for a record without."""
+    values = []
+    for record, answer in zip(records, answers):
+        verdict = judge(record, answer.text, answer.ended)
+        values.append(math.nan if verdict is None else float(verdict.passed))
+    return values
+
+
+def gold_by_task(records, answers):
+    """The share of answers that pass all checks -> {task: gold}."""
+    values = defaultdict(list)
+    for record, value in zip(records, passed(records, answers)):
+        values[record.get("task", "story")].append(value)
+    return {task: sum(results) / len(results) for task, results in values.items()}
+
+
+class Evaluation(NamedTuple):
+    gold: dict  # {task: share of answers that pass all checks}
+    kl: float  # KL(pi || pi_sft) of the stories in nats per answer, exact at every token
+    answers: list  # of Answer
+
 
 @torch.no_grad()
 def evaluate(policy, reference, tok, records, cfg, device):
-    """Answers to held-out prompts -> {task: gold}, the stories' exact KL in nats per answer, and the answers."""
-    answers, kls, tasks = [], [], [r.get("task", "story") for r in records]
+    """The policy answers held-out prompts -> Evaluation."""
+    answers = []
+    kls = []
     for i in range(0, len(records), 128):
-        batch = rollout(policy, reference, tok, records[i:i + 128], cfg, device)
-        mask, now = batch["mask"], log_probs(policy, batch["ids"][:, :-1], batch["mask"])
-        exact = torch.zeros_like(batch["logp"]).masked_scatter(mask, kl_penalty(now, batch["then"], None, "exact"))
-        kls += exact.sum(dim=1).tolist()
-        answers += texts(batch, tok)
-    held, kl = judged(records, answers).tolist(), sum(kl for kl, task in zip(kls, tasks) if task == "story")
-    gold = {task: sum(h for h, t in zip(held, tasks) if t == task) / tasks.count(task) for task in dict.fromkeys(tasks)}
-    return gold, kl / max(1, tasks.count("story")), answers
+        batch = rollout(policy, tok, records[i : i + 128], cfg, device)
+        answers += answers_of(batch, tok)
 
-def draw(records, sft, grpo, path):
-    """The run as one figure: log records, and gold by task on held-out prompts before and after."""
-    task = next(iter(sft[0]))
-    title = f"GRPO: held-out gold on {task} {sft[0][task]:.2f} -> {grpo[0][task]:.2f} at {grpo[1]:.1f} nats of KL"
+        policy_logp = log_probs(policy, batch.ids[:, :-1], batch.mask)  # (N, V)
+        reference_logp = log_probs(reference, batch.ids[:, :-1], batch.mask)
+        token_kl = kl_penalty(policy_logp, reference_logp, None, "exact")  # (N,)
+        kl = torch.zeros_like(batch.logp).masked_scatter(batch.mask, token_kl)  # (B, T)
+        kls += kl.sum(dim=1).tolist()
+
+    story_kls = []
+    for record, kl in zip(records, kls):
+        if record.get("task", "story") == "story":
+            story_kls.append(kl)
+    mean_kl = sum(story_kls) / max(1, len(story_kls))
+    return Evaluation(gold_by_task(records, answers), mean_kl, answers)
+
+
+def draw(records, before, after, path):
+    """The run as one figure: curves over the iterations, and gold by task before and after."""
+    task = next(iter(before.gold))
+    title = (
+        f"GRPO: held-out gold of task {task} {before.gold[task]:.2f} -> {after.gold[task]:.2f} "
+        f"at {after.kl:.1f} nats of KL"
+    )
     fig, axes = figure(title, rows=2, columns=3, height=5)
-    panels = {"reward": "mean", "kl": "nats per answer", "entropy": "nats per token",
-              "equal_groups": "share of groups", "length": "tokens"}
-    for i, (ax, key) in enumerate(zip(axes.flat, panels)):
-        ax.plot([r["step"] for r in records], [r[key] for r in records], color=f"C{i}")
-        ax.set(title=key.replace("_", " "), ylabel=panels[key], xlabel="iteration")
-    last, at = axes[1, 2], torch.arange(len(sft[0]))
-    last.barh(at + 0.2, sft[0].values(), height=0.4, color="gray", label="SFT")
-    last.barh(at - 0.2, grpo[0].values(), height=0.4, color="C2", label="GRPO")
-    last.set(title="held-out gold", xlabel="share", yticks=at, yticklabels=sft[0], xlim=(0, 1))
-    last.legend(fontsize=8)
+    panels = {
+        "reward": "mean reward",
+        "kl": "nats per answer",
+        "entropy": "nats per token",
+        "equal_groups": "share of groups",
+        "length": "tokens per answer",
+    }
+    steps = [record["step"] for record in records]
+    for i, (ax, name) in enumerate(zip(axes.flat, panels)):
+        ax.plot(steps, [record[name] for record in records], color=f"C{i}")
+        ax.set(title=name.replace("_", " "), ylabel=panels[name], xlabel="iteration")
+
+    bars = axes[1, 2]
+    positions = torch.arange(len(before.gold))
+    bars.barh(positions + 0.2, before.gold.values(), height=0.4, color="gray", label="SFT")
+    bars.barh(positions - 0.2, after.gold.values(), height=0.4, color="C2", label="GRPO")
+    bars.set(title="held-out gold", xlabel="share of answers", xlim=(0, 1))
+    bars.set_yticks(positions, list(before.gold))
+    bars.legend(fontsize=8)
     save_figure(fig, path)
 
+
 if __name__ == "__main__":
-    cfg = cli(Config())
-    device, _ = setup(cfg)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    cfg = parse_args(Config)
+    set_seed(cfg.seed)
+    device = pick_device(cfg.device)
 
-    # data and models
+    # data first: a broken file must not wait for models to be built
+    train, val = load_data(cfg)
+    if cfg.reward not in ("judge", "model"):
+        load_function(cfg.reward)
+    if cfg.reward == "judge" and not all(record.get("check") for record in train):
+        fail(
+            f'--data={cfg.data}: the judge needs a "check" in every record; '
+            "use --reward=FILE.py:FUNCTION or --reward=model"
+        )
+
+    # models and reward
     sft = load_checkpoint(cfg.init or require("part_6/out/sft.pt"), "sft")
+    policy = GPT.load(sft).to(device)
+    reference = GPT.load(sft).to(device).requires_grad_(False)
     tok = Tokenizer.load(sft["tokenizer"])
-    policy, reference = GPT.load(sft).to(device), GPT.load(sft).to(device)
-    score = load_reward(cfg, tok, device)
-    train, val = load_data(cfg, tok, policy.cfg.block_size)
-    if cfg.reward == "judge" and not all("check" in r for r in train):
-        fail(f'--data={cfg.data}: the judge wants a "check" in every record: take --reward=FILE.py:FUNCTION')
-    before = evaluate(policy, reference, tok, val, cfg, device)
-    torch.manual_seed(cfg.seed + rank)  # from here on each process draws answers of its own
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    reward_of = load_reward(cfg, tok, device)
+    out = output_folder(cfg)
+
+    # prompts, in a random order
+    train = encode_records(train, tok, policy.cfg.block_size, cfg.max_new_tokens)
+    val = encode_records(val, tok, policy.cfg.block_size, cfg.max_new_tokens)
+    stories = [record for record in val if record.get("task", "story") == "story"]
+    others = [record for record in val if record.get("task", "story") != "story"]
+    val = stories[: cfg.prompts] + others[: cfg.prompts]
     generator = torch.Generator().manual_seed(cfg.seed)
-    order = torch.randperm(len(train), generator=generator).tolist()
-    log = Log(cfg, cfg.steps)
+    train = [train[i] for i in torch.randperm(len(train), generator=generator)]
+    before = evaluate(policy, reference, tok, val, cfg, device)
     print(f"{len(train):,} prompts, {len(val):,} held out")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, eps=1e-5, weight_decay=0.0)
 
-    # loop
-    n = cfg.batch_size // cfg.group  # prompts
+    # training loop
+    torch.manual_seed(cfg.seed)
+    log = Log(out, cfg.steps)
     for step in range(cfg.steps):
-        optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
-        start, mine = time.time(), range(step * n + rank, step * n + n, world)
-        asked = [train[order[i % len(order)]] for i in mine for _ in range(cfg.group)]  # round and round
-        batch = rollout(policy, reference, tok, asked, cfg, device)
-        answers = texts(batch, tok)
-        reward = score(asked, batch, answers)
-        advantages = group_advantage(reward, cfg.group, cfg.scale_std)
-        middle = time.time()
-        stats = learn(policy, optimizer, batch, advantages, cfg, generator)
-        assert stats["first_ratio_error"] < 1e-4, f"sampler and scorer disagree by {stats['first_ratio_error']}"
+        start = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - step / cfg.steps)
 
-        # report
-        mask, mean = batch["mask"], lambda x: total(x.float().mean()).item() / world  # over all processes' answers
-        kl = batch["logp"] - batch["logp"].masked_scatter(mask, pick(batch["then"], batch["ids"][:, 1:][mask]))  # k1
-        values = {
-            "reward": mean(reward), "gold": mean(judged(asked, answers)), "kl": mean(kl.sum(dim=1)),
-            **{k: sum(v) / max(len(v), 1) if isinstance(v, list) else v for k, v in stats.items()},
-            "equal_groups": mean((advantages.view(-1, cfg.group) == 0).all(dim=1)),  # they teach nothing
-            "length": mean(mask.sum(dim=1)), "ended": mean(batch["ended"]),
-            "rollout_s": middle - start, "update_s": time.time() - middle,
+        # rollout: a group of answers to each prompt
+        records = get_batch(train, step, cfg)
+        batch = rollout(policy, tok, records, cfg, device)
+        answers = answers_of(batch, tok)
+        rollout_end = time.time()
+
+        # score: each answer gets one reward
+        reward = reward_of(records, batch, answers)  # (B,)
+        score_end = time.time()
+
+        # advantage: how much better than the other answers to the same prompt?
+        advantages = group_advantage(reward, cfg.group, cfg.scale_std)  # (B,)
+
+        # update
+        stats = learn(policy, reference, optimizer, batch, advantages, cfg, generator)
+        update_end = time.time()
+
+        # report; a group whose rewards are all equal teaches nothing
+        equal_groups = (advantages.view(-1, cfg.group) == 0).all(dim=1)
+        report = {
+            "reward": reward.mean().item(),
+            "gold": sum(passed(records, answers)) / len(records),
+            "equal_groups": equal_groups.float().mean().item(),
+            "length": batch.mask.sum(dim=1).float().mean().item(),
+            "ended": batch.ended.float().mean().item(),
+            **stats,
+            "rollout_s": rollout_end - start,
+            "score_s": score_end - rollout_end,
+            "update_s": update_end - score_end,
             "completions_per_s": cfg.batch_size / (time.time() - start),
         }
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0:
-            golds, values["val_kl"], _ = evaluate(policy, reference, tok, val, cfg, device)
-            values |= {f"val_{task}": share for task, share in golds.items()}
-        log(step, **values)
-    world == 1 or dist.destroy_process_group()
-    rank == 0 or sys.exit(0)
+        if cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0:
+            evaluation = evaluate(policy, reference, tok, val, cfg, device)
+            report["val_kl"] = evaluation.kl
+            for task, gold in evaluation.gold.items():
+                report[f"val_{task}"] = gold
+        log(step, **report)
 
-    # what came of it: five prompts side by side, the table, the figure
-    seconds, records = log.seconds, read_jsonl(Path(cfg.out) / "log.jsonl", ["step"])
+        # the loss must use the very probabilities that the tokens were sampled with
+        error = stats["first_ratio_error"]
+        assert error < 1e-4, f"sampler and scorer disagree about a probability by {error}"
+    seconds = log.seconds
+
+    # save the policy and what it reached
     after = evaluate(policy, reference, tok, val, cfg, device)
-    save_checkpoint(Path(cfg.out) / "grpo.pt", kind="grpo", changed=cfg.changed, step=cfg.steps, config=asdict(cfg),
-                    **policy.to_checkpoint(), tokenizer=tok.state())
-    golds = {f"{name}_{task}": g for name, by in (("sft", before), ("grpo", after)) for task, g in by[0].items()}
-    save_metrics(cfg, sft_gold=before[0].get("story"), grpo_gold=after[0].get("story"), kl=after[1], **golds,
-                 completions_per_s=sum(r["completions_per_s"] for r in records) / cfg.steps,
-                 first_ratio_error=max(r["first_ratio_error"] for r in records), seconds=seconds, seed=cfg.seed)
-    draw(records, before, after, Path(cfg.out) / "train_grpo.png")
-    for r, (old, _), (new, _) in list(zip(val, before[2], after[2]))[:5]:
-        print(f"\n{r['instruction']}\n  SFT:  {old}\n  GRPO: {new}")
-    print(f"\n{'gold on held-out prompts':26} {'SFT':>6} {'GRPO':>6}   {seconds:.0f} s, {after[1]:.2f} nats per story")
-    for task in before[0]:
-        print(f"{task:26} {before[0][task]:6.3f} {after[0][task]:6.3f}")
+    log_records = read_jsonl(out / "log.jsonl", ["step"])
+    save_checkpoint(
+        out / "grpo.pt",
+        kind="grpo",
+        changed=cfg.changed,
+        step=cfg.steps,
+        config=asdict(cfg),
+        tokenizer=tok.state(),
+        **policy.to_checkpoint(),
+    )
+    save_metrics(
+        out,
+        sft_gold=before.gold.get("story"),
+        grpo_gold=after.gold.get("story"),
+        kl=after.kl,
+        seconds=seconds,
+        completions_per_s=cfg.steps * cfg.batch_size / seconds,
+        first_ratio_error=max(record["first_ratio_error"] for record in log_records),
+        steps=cfg.steps,
+        seed=cfg.seed,
+        **{f"sft_{task}": gold for task, gold in before.gold.items()},
+        **{f"grpo_{task}": gold for task, gold in after.gold.items()},
+    )
+    draw(log_records, before, after, out / "train_grpo.png")
+
+    # show what it learned: five prompts side by side, then the table
+    for i in range(min(5, len(val))):
+        print(f"\n{val[i]['instruction']}")
+        print(f"  SFT:  {before.answers[i].text}")
+        print(f"  GRPO: {after.answers[i].text}")
+    print(f"\n{seconds:.0f} s, {after.kl:.2f} nats of KL per story")
+    print(f"{'gold on held-out prompts':26} {'SFT':>6} {'GRPO':>6}")
+    for task in before.gold:
+        print(f"{task:26} {before.gold[task]:6.3f} {after.gold[task]:6.3f}")

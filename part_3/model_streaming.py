@@ -1,0 +1,354 @@
+"""
+Part 3: streaming. A sliding window, attention sinks and a ring buffer let the model of model.py
+read a text without end in constant memory. The weights are the same; only attention and the cache
+differ.
+
+From part_3/model.py
+    New      KVCache.begin
+    Changed  GPTConfig (window and sink), causal_mask, attention (sinks),
+             KVCache.__init__, KVCache.update (a ring instead of a growing list),
+             Attention.forward, Block.forward, GPT.positions, GPT.forward, GPT.generate
+
+Later parts continue model.py: they do not need to stream.
+
+A query sees itself and the window - 1 tokens before it. On top of the window the first `sink`
+tokens stay visible: large models put attention there that they have no better use for, and break
+when these tokens disappear (StreamingLLM, Xiao et al. 2023). A query far from the start would see
+the sinks at a distance that training never showed it. So it scores them as if it stood at position
+min(t, sink + window - 1), as StreamingLLM does by counting positions inside the cache.
+
+Shapes: B batch, T time (queries), S time (keys), C channels (= n_embd), H query heads,
+        G key/value heads, D head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 256  # V, number of different tokens
+    block_size: int = 64  # longest sequence, in tokens
+    n_layer: int = 4  # number of blocks
+    n_head: int = 4  # H, query heads per block
+    n_embd: int = 128  # C, channels of the residual stream
+
+    # G, key/value heads; each serves H / G query heads (H: multi-head, 1: multi-query attention)
+    n_kv_head: int = 2
+
+    head_dim: int = 0  # D, channels per head; 0: n_embd / n_head
+
+    # hidden channels of the MLP; 0: 8/3 n_embd, which gives SwiGLU the parameters of a 4 n_embd MLP
+    mlp_dim: int = 0
+
+    rope_base: float = 10000.0  # base of RoPE's angles; larger rotates more slowly
+    tied: bool = False  # use the token embedding's matrix as the head
+    qk_norm: bool = True  # normalize queries and keys per head (Qwen3); 0: do not (Llama)
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    window: int = 0  # tokens that a query sees, itself included; 0: block_size
+    sink: int = 0  # first tokens of the text that stay visible on top of the window
+
+    def __post_init__(self):
+        shared = self.n_head % self.n_kv_head == 0
+        assert shared, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
+        if self.head_dim == 0:
+            divisible = self.n_embd % self.n_head == 0
+            assert divisible, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}"
+            self.head_dim = self.n_embd // self.n_head
+        assert self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE rotates pairs"
+        if self.mlp_dim == 0:
+            self.mlp_dim = round(self.n_embd / 3) * 8
+        if self.window == 0:
+            self.window = self.block_size
+
+
+def causal_mask(q_pos, k_pos, window, sink):
+    """Which query may see which key? A token sees itself, the window - 1 tokens before it, and the
+    first `sink` tokens of the text.
+
+    q_pos (T,) and k_pos (S,) are positions -> (T, S) bool, True where the query may look.
+    """
+    past = k_pos[None, :] <= q_pos[:, None]
+    near = k_pos[None, :] > q_pos[:, None] - window
+    is_sink = k_pos[None, :] < sink
+    return past & (near | is_sink)
+
+
+def attention(q, q_far, k, v, mask, is_sink):
+    """Scaled dot-product attention: softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1).
+
+    q and q_far (B, H, T, D), k and v (B, H, S, D), mask (T, S) bool, is_sink (S,) bool
+    -> y (B, H, T, D) and the attention weights (B, H, T, S).
+    q_far is the query at its clamped position; it scores the sinks, and q everything else.
+    """
+    # The variance of a dot product grows with D. Without the division the softmax would saturate.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    if is_sink.any():
+        far_scores = q_far @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+        scores = torch.where(is_sink, far_scores, scores)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1)  # each row sums to 1
+    return weights @ v, weights
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Draws the next token from logits (B, V) -> ids (B,). Temperature 0 is greedy: the likeliest.
+
+    top_k keeps the k likeliest tokens (0: all). top_p keeps the smallest set of likeliest tokens
+    whose probability reaches p (Holtzman et al. 2020): of [.5, .4, .1], p = .8 keeps two.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+
+    if top_p < 1:
+        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens
+        drop = before >= top_p
+        drop = drop.scatter(-1, order, drop)  # from sorted order back to vocabulary order
+        logits = logits.masked_fill(drop, float("-inf"))
+
+    probs = logits.float().softmax(dim=-1)
+    return torch.multinomial(probs, num_samples=1).squeeze(-1)
+
+
+def rope_table(pos, dim, base):
+    """The rotation angles of RoPE: positions (T,) -> their cosines and sines, (T, D/2) each."""
+    theta = base ** (-torch.arange(0, dim, 2, device=pos.device) / dim)  # (D/2,)
+    angle = pos[:, None] * theta  # (T, D/2), in fp32 whatever the model's dtype
+    return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """Rotates the pairs (x1, x2) of x (B, H, T, D) by their angles, cos and sin (T, D/2).
+
+    Channel i is paired with channel i + D/2 (the half-split layout of Llama's and Qwen's weights).
+    """
+    x1, x2 = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return rotated.type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """LayerNorm without the mean and the bias: x / rms(x), times a learned gain
+    (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()  # half precision would lose the small squares
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+class KVCache:
+    """The keys and values of the first `sink` and the last `window` tokens, for every layer.
+
+    It is a ring buffer. Position p < sink lives in slot p for ever. Any other position p lives in
+    slot sink + (p - sink) % window, where it replaces the token that has just left the window.
+    Memory: 2 * n_layer * B * G * (sink + window) * D numbers, however long the text.
+    """
+
+    def __init__(self, cfg, B, device=None, dtype=None):
+        self.sink = cfg.sink
+        self.window = cfg.window
+        self.size = cfg.sink + cfg.window
+        shape = (cfg.n_layer, B, cfg.n_kv_head, self.size, cfg.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.pos = torch.full((self.size,), -1, device=device)  # the position that each slot holds
+        self.length = 0  # tokens read so far
+
+    def begin(self, T):
+        """T new tokens arrive -> their positions (T,), and the positions (S,) of the keys that
+        update() will return: those stored so far, then the new ones."""
+        new_pos = torch.arange(self.length, self.length + T, device=self.pos.device)
+        self.stored = min(self.length, self.size)
+        all_pos = torch.cat([self.pos[: self.stored], new_pos])
+
+        # Of the new tokens only the sinks and the last `window` will be stored.
+        self.length += T
+        self.keep = (new_pos < self.sink) | (new_pos >= self.length - self.window)
+        kept = new_pos[self.keep]
+        ring_slot = self.sink + (kept - self.sink) % self.window
+        self.slot = torch.where(kept < self.sink, kept, ring_slot)
+        self.pos[self.slot] = kept
+        return new_pos, all_pos
+
+    def update(self, layer, k, v):
+        """One layer's new keys and values (B, G, T, D) -> those stored so far and the new ones,
+        (B, G, S, D)."""
+        all_k = torch.cat([self.k[layer, :, :, : self.stored], k], dim=2)
+        all_v = torch.cat([self.v[layer, :, :, : self.stored], v], dim=2)
+
+        # Write only after reading: the first queries of a chunk still see what its end replaces.
+        self.k[layer][:, :, self.slot] = k[:, :, self.keep]
+        self.v[layer][:, :, self.slot] = v[:, :, self.keep]
+        return all_k, all_v
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention: H query heads share G key/value heads
+    (Ainslie et al. 2023). Queries and keys are normalized per head, then rotated."""
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.layer = layer
+        self.n_head = cfg.n_head
+        self.n_kv_head = cfg.n_kv_head
+        self.qk_norm = cfg.qk_norm
+        self.c_q = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=False)
+        self.c_k = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.c_v = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
+        if cfg.qk_norm:  # keeps the scores from growing without bound (Dehghani et al. 2023)
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+        self.c_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+        nn.init.zeros_(self.c_proj.weight)  # a new block starts as the identity
+
+    def forward(self, x, mask, near, far, is_sink, cache):
+        B, T, C = x.shape
+
+        # Project to queries, keys and values, and give each head its own D channels.
+        q = self.c_q(x).view(B, T, self.n_head, -1)  # (B, T, H, D)
+        k = self.c_k(x).view(B, T, self.n_kv_head, -1)  # (B, T, G, D)
+        v = self.c_v(x).view(B, T, self.n_kv_head, -1)  # (B, T, G, D)
+        if self.qk_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q_far = rope(q.transpose(1, 2), *far)  # (B, H, T, D), at positions clamped to the window
+        q = rope(q.transpose(1, 2), *near)  # (B, H, T, D)
+        k = rope(k.transpose(1, 2), *near)  # (B, G, T, D)
+        v = v.transpose(1, 2)  # (B, G, T, D)
+
+        # Keys are cached after RoPE: a token's rotation never changes.
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, G, S, D)
+
+        # Each key/value head serves a group of H / G query heads.
+        k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, S, D)
+        v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, S, D)
+        y, weights = attention(q, q_far, k, v, mask, is_sink)
+        self.weights = weights.detach()  # (B, H, T, S), kept for the pictures
+
+        # Put the heads side by side again and mix them.
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    """Works on each token alone. SwiGLU: one projection gates the other (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.c_gate = nn.Linear(cfg.n_embd, cfg.mlp_dim, bias=False)
+        self.c_fc = nn.Linear(cfg.n_embd, cfg.mlp_dim, bias=False)
+        self.c_proj = nn.Linear(cfg.mlp_dim, cfg.n_embd, bias=False)
+        nn.init.zeros_(self.c_proj.weight)
+
+    def forward(self, x):
+        gate = F.silu(self.c_gate(x))  # (B, T, mlp_dim)
+        x = gate * self.c_fc(x)
+        return self.c_proj(x)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Pre-norm: only the branches are normalized, never the residual stream x itself, so gradients
+    reach every layer unscaled."""
+
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.ln_1 = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.attn = Attention(cfg, layer)
+        self.ln_2 = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, mask, near, far, is_sink, cache):
+        x = x + self.attn(self.ln_1(x), mask, near, far, is_sink, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """Token embedding, n_layer blocks, a final norm and a head. Positions enter in the attention.
+
+    The final norm is part of pre-norm: nothing else ever normalizes the residual stream.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.h = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layer)])
+        self.ln_f = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+
+        # Small weights give small logits, so the first loss is that of a uniform guess, ln V.
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+        if cfg.tied:
+            self.lm_head.weight = self.wte.weight
+
+    def positions(self, T, cache, device):
+        """What all layers share for the next T tokens: the mask (T, S), RoPE's cosines and sines
+        (T, D/2) for near keys, those with which a query scores the sinks, and which keys (S,) are
+        sinks."""
+        cfg = self.cfg
+        if cache is None:
+            q_pos = torch.arange(T, device=device)
+            k_pos = q_pos
+        else:
+            q_pos, k_pos = cache.begin(T)
+        mask = causal_mask(q_pos, k_pos, cfg.window, cfg.sink)
+        near = rope_table(q_pos, cfg.head_dim, cfg.rope_base)
+
+        # No distance is larger than one that a training sequence of sink + window tokens has.
+        clamped = q_pos.clamp(max=cfg.sink + cfg.window - 1)
+        far = rope_table(clamped, cfg.head_dim, cfg.rope_base)
+        is_sink = k_pos < cfg.sink
+        return mask, near, far, is_sink
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) token ids, targets (B, T) = idx shifted by one
+        -> logits (B, T, V), and the mean loss in nats per token (None without targets).
+
+        With a cache, idx are the T tokens after those that the cache holds: one, a whole prompt,
+        or any chunk.
+        """
+        B, T = idx.shape
+        mask, near, far, is_sink = self.positions(T, cache, idx.device)
+
+        x = self.wte(idx)  # (B, T, C)
+        for block in self.h:
+            x = block(x, mask, near, far, is_sink, cache)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
+        """Continues each row: idx (B, T) -> (B, T + max_new_tokens). The options are sample's.
+
+        There is no end: the ring forgets what has left the window.
+        """
+        cache = KVCache(self.cfg, len(idx), idx.device, self.wte.weight.dtype)
+        new = idx  # what the cache has not read yet
+        for _ in range(max_new_tokens):
+            logits, _ = self(new, cache=cache)
+            new = sample(logits[:, -1], temperature, top_k, top_p)[:, None]  # (B, 1)
+            idx = torch.cat([idx, new], dim=1)
+        return idx
