@@ -312,12 +312,12 @@ def test_a_silent_head_has_no_columns_in_c_proj():
     x = torch.randint(26, (50, 8))
     y = model(x)[:, N:].argmax(dim=-1)  # what the model says itself counts as right
     whole = demo_heads.correct_letters(model, x, y)
-    silenced = demo_heads.correct_letters(model, x, y, silent=[(1, 0)])
+    silenced = demo_heads.correct_letters(model, x, y, silent=[(1, 1)])
     assert whole.all()
     assert not silenced.all()
     assert demo_heads.correct_letters(model, x, y).all()  # the hook is gone
 
-    model.h[1].attn.c_proj.weight.data[:, :8] = 0
+    model.h[1].attn.c_proj.weight.data[:, 8:] = 0
     assert torch.equal(silenced, model(x)[:, N:].argmax(dim=-1) == y)
 
 

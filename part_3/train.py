@@ -112,8 +112,8 @@ def load_data(cfg, gpt_cfg):
         )
     if gpt_cfg.block_size < 2:
         fail(f"--block_size={gpt_cfg.block_size} must be at least 2")
-    if gpt_cfg.vocab_size < 256:
-        fail(f"--vocab_size={gpt_cfg.vocab_size} is too small: there are 256 bytes")
+    if gpt_cfg.vocab_size != 256:
+        fail(f"--vocab_size={gpt_cfg.vocab_size} must be 256, the number of different bytes")
     return Data(train_ids, val_ids, entropy)
 
 
