@@ -350,8 +350,8 @@ def draw(records, title, entropy, path):
     if entropy:
         label = f"true entropy of the world, {entropy:.3f} per byte"
         per_byte.axhline(entropy, color="C2", linestyle="--", label=label)
-    per_byte.set(ylabel="nats per byte", ylim=(0, None))
-    fig.legend(loc="outside lower center", ncols=3)
+    per_byte.set(ylabel="nats per byte", ylim=(0, 1.1 * max(losses)))
+    fig.legend(loc="outside lower center", ncols=2)
     save_figure(fig, path)
 
 
