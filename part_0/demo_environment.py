@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import math
 import os
 import platform
 import time
@@ -96,6 +97,20 @@ def gflops(n, dtype, device, seconds):
         elapsed = time.perf_counter() - start
         best = max(best, products * 2 * n**3 / elapsed / 1e9)
     return best
+
+
+def gflops_by_size(sizes, dtype, device, seconds):
+    """The speed of gflops() for each size. NaN where one product would take over half a second: a
+    processor that only emulates a precision needs minutes for a large matrix."""
+    speeds = []
+    slowest = math.inf  # the speed of the size before, as far as it was measured
+    for n in sizes:
+        if 2 * n**3 / (slowest * 1e9) > 0.5:
+            speeds.append(math.nan)
+            continue
+        slowest = gflops(n, dtype, device, seconds)
+        speeds.append(slowest)
+    return speeds
 
 
 def make_training_step(cfg, device):
@@ -192,7 +207,7 @@ if __name__ == "__main__":
     print("GFLOP/s       " + "".join(f"{n:>8}" for n in sizes))
     speed = {}
     for name, dtype in DTYPES.items():
-        speed[name] = [gflops(n, dtype, device, cfg.seconds) for n in sizes]
+        speed[name] = gflops_by_size(sizes, dtype, device, cfg.seconds)
         print(f"{name:14}" + "".join(f"{value:8.0f}" for value in speed[name]), flush=True)
     draw_speed(sizes, speed, device, out / "demo_environment_matmul.png")
 
@@ -216,5 +231,6 @@ if __name__ == "__main__":
     metrics = {**facts, "step_ms": step_ms, "params": params}
     for name, values in speed.items():
         for n, value in zip(sizes, values):
-            metrics[f"{name}_gflops_{n}"] = value
+            if not math.isnan(value):
+                metrics[f"{name}_gflops_{n}"] = value
     save_metrics(out, name="demo_environment", **metrics)
