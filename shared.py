@@ -517,7 +517,7 @@ def download_shakespeare():
 def read_jsonl(path, fields):
     """A list of dicts from a file with one JSON object per line, or with one JSON array of them.
 
-    Every record must have all of `fields`, as text or as numbers.
+    Every record must have all of `fields`, as text. If it has a "check", judge must understand it.
     """
     text = read_text(path)
     is_array = text.lstrip().startswith("[")
@@ -552,8 +552,15 @@ def check_record(record, fields, where):
     if not isinstance(record, dict):
         fail(f"{where}: expected an object with {', '.join(fields)}")
     for field in fields:
-        if not isinstance(record.get(field), (str, int, float)):
-            fail(f"{where}: field {field!r} is missing or not text")
+        if field not in record:
+            fail(f"{where}: field {field!r} is missing")
+        if not isinstance(record[field], str):
+            fail(f"{where}: field {field!r} must be a text, got {as_json(record[field])}")
+
+    check = record.get("check")
+    problem = check_problem(check) if check else None
+    if problem:
+        fail(f'{where}: "check" {problem}')
 
 
 # ------------------------------------------------------------------------------------------
@@ -629,6 +636,12 @@ class Log:
         print(f"step {step:{width}}/{self.total_steps}", *shown, times, sep=" | ", flush=True)
 
 
+def read_log(out, name="log"):
+    """The lines that Log wrote to OUT/NAME.jsonl, as a list of dicts."""
+    lines = (Path(out) / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def clock(seconds):
     """75.3 -> "1:15", minutes and seconds."""
     minutes, seconds = divmod(int(seconds), 60)
@@ -649,32 +662,41 @@ class StoryPattern(NamedTuple):
     stage: int  # the place of such a sentence in a story, counted from 0
     regex: re.Pattern  # what such a sentence looks like; its groups are names and things
     end: str  # how a story with this last sentence ends, or None
+    after: list  # the regexes of the sentences that it may follow, or None if any may stand there
+
+
+# What the value of each key of a "check" must be.
+CHECKS = {"answer": "a text", "must": "a list of texts", "ends": "a text"}
+CHECKS |= {"no_repeat": "true or false", "patterns": "a text"}
 
 
 def judge(record, answer, ended=True):
     """Check an answer by rules -> Verdict, or None if the record has no "check".
 
     record["check"] is a dict. Its keys say what is checked:
-        answer     the answer must be exactly this text
+        answer     the answer must be this text, both in their normal form (normal_form)
         must       a list of words that must occur
         ends       how the story must end, for example "happy"
         no_repeat  if true, no sentence may occur twice
         patterns   the name of a world: the sentences must tell one of its stories
-    ended=False says that the answer was cut off, which is a check of its own.
+    ended=False says that the answer was cut off, which is a check of its own. Line breaks and
+    repeated blanks count as one blank.
     """
     check = record.get("check")
     if not check:
         return None
 
+    text = " ".join(answer.split())
+    sentences = re.split(r"(?<=[.!?]) ", text) if text else []
+
     checks = {}
     for word in check.get("must", []):
         whole_word = rf"(?<!\w){re.escape(word)}(?!\w)"
-        checks[f"has:{word}"] = re.search(whole_word, answer) is not None
+        checks[f"has:{word}"] = re.search(whole_word, text) is not None
 
     if "answer" in check:
-        checks["answer"] = answer.strip() == str(check["answer"]).strip()
+        checks["answer"] = normal_form(answer) == normal_form(check["answer"])
 
-    sentences = [sentence for sentence in re.split(r"(?<=\.) ", answer.strip()) if sentence]
     if check.get("no_repeat"):
         checks["no_repeat"] = 0 < len(sentences) == len(set(sentences))
 
@@ -687,6 +709,40 @@ def judge(record, answer, ended=True):
 
     share = sum(checks.values()) / len(checks)
     return Verdict(checks, share, passed=all(checks.values()))
+
+
+def normal_form(text):
+    """An answer without what does not matter: "Yes." -> "yes", " 7\\n" -> "7".
+
+    Small letters, single blanks, and no full stop at the end.
+    """
+    return " ".join(text.lower().split()).removesuffix(".")
+
+
+def check_problem(check):
+    """What is wrong with a record's "check", as a text, or None if judge can use it."""
+    if not isinstance(check, dict):
+        return f"must be an object with some of {', '.join(CHECKS)}, got {as_json(check)}"
+
+    for name, value in check.items():
+        if name not in CHECKS:
+            nearest = difflib.get_close_matches(name, CHECKS, n=1, cutoff=0)[0]
+            return f"has no rule {name!r}, did you mean {nearest!r}?"
+
+        if name == "must":
+            is_right = isinstance(value, list) and all(isinstance(word, str) for word in value)
+        elif name == "no_repeat":
+            is_right = isinstance(value, bool)
+        else:
+            is_right = isinstance(value, str)
+        if not is_right:
+            return f"{name!r} must be {CHECKS[name]}, got {as_json(value)}"
+
+    world = check.get("patterns", "stories")
+    facts = ROOT / "data" / world / "facts.json"
+    if world != "stories" and not facts.is_file():
+        return f"'patterns' names the world {world!r}, but there is no {facts}"
+    return None
 
 
 def check_story(check, sentences):
@@ -706,7 +762,8 @@ def check_story(check, sentences):
         # A story has exactly one sentence for each stage, in order.
         stages = [pattern.stage if pattern else None for pattern in matched]
         last_stage = max(pattern.stage for pattern in patterns)
-        checks["patterns"] = stages == list(range(last_stage + 1))
+        complete = stages == list(range(last_stage + 1))
+        checks["patterns"] = complete and possible_sequence(matched)
         checks["agree"] = sentences_agree(matched, sentences)
     return checks
 
@@ -717,6 +774,14 @@ def match_sentence(patterns, sentence):
         if pattern.regex.fullmatch(sentence):
             return pattern
     return None
+
+
+def possible_sequence(matched):
+    """Can each sentence follow the one before it? Nobody asks the wind to give a ball back."""
+    for before, pattern in zip(matched, matched[1:]):
+        if pattern.after is not None and before.regex.pattern not in pattern.after:
+            return False
+    return True
 
 
 def sentences_agree(matched, sentences):
@@ -737,11 +802,14 @@ def story_patterns(facts_path):
     if not facts_path.exists():
         require(f"data/{facts_path.parent.name}")
 
-    patterns = []
-    for pattern in json.loads(facts_path.read_text())["patterns"]:
-        regex = re.compile(pattern["regex"])
-        patterns.append(StoryPattern(pattern["stage"], regex, pattern["end"]))
-    return patterns
+    # What an older version of prepare_data.py wrote lacks "after".
+    try:
+        rows = json.loads(facts_path.read_text())["patterns"]
+        rows = [(row["stage"], row["regex"], row["end"], row["after"]) for row in rows]
+    except (ValueError, KeyError, TypeError):
+        folder = facts_path.parent
+        fail(f"{facts_path} is broken or of an older version: delete {folder}, it is made again")
+    return [StoryPattern(stage, re.compile(regex), end, after) for stage, regex, end, after in rows]
 
 
 # ------------------------------------------------------------------------------------------
@@ -786,9 +854,7 @@ def plot_log(out, *panels, name="log"):
 
     A tuple of keys shares a panel: plot_log(out, ("loss", "val_loss"), "lr").
     """
-    lines = (Path(out) / f"{name}.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-
+    records = read_log(out, name)
     fig, axes = figure(name, "step", rows=len(panels), height=1 + 2.5 * len(panels))
     for ax, panel in zip(np.ravel(axes), panels):
         keys = (panel,) if isinstance(panel, str) else panel

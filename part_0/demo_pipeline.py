@@ -77,7 +77,7 @@ def read_world(folder):
         text=read_text(folder / "train.txt"),
         instructions=read_jsonl(folder / "instructions.jsonl", ["instruction", "output", "task"]),
         held_out=read_jsonl(folder / "instructions_val.jsonl", ["instruction", "task"]),
-        pairs=read_jsonl(folder / "preferences.jsonl", ["prompt", "chosen", "rejected", "gap"]),
+        pairs=read_jsonl(folder / "preferences.jsonl", ["prompt", "chosen", "rejected"]),
         facts=json.loads(read_text(folder / "facts.json")),
     )
 

@@ -10,7 +10,8 @@ The probability of every draw is known, and different draws never give the same 
 a text is a sum over its draws. The mean of this sum per byte of val.txt is the entropy of the
 source in nats per byte, which is the loss that no model can beat.
 
-    train.txt, val.txt                          stories; most begin with a brief that they obey
+    train.txt, val.txt                          stories; most begin with a brief that they obey,
+                                                never with one that is held out for validation
     instructions.jsonl, instructions_val.jsonl  briefs and small skills, each with an answer;
                                                 many of the stories for training have faults
     preferences.jsonl, preferences_val.jsonl    two answers to a brief, labelled by a noisy judge
@@ -23,11 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import functools
 import hashlib
 import json
 import tempfile
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from math import exp, log
 from random import Random
 from time import time
@@ -234,49 +236,81 @@ def brief(slots, level):
     return (sentence + END_IT[slots["ends"]]).format(**slots)
 
 
-def document(rng):
-    """Draw one entry of train.txt, a story that often has a brief above it -> (text, nats).
+def held_out(instruction, input=""):
+    """Does this composition belong to validation? A hash puts one tenth of them there.
 
-    The nats are -log p(text).
+    The ending is not part of the composition, so that a brief is never in training with one ending
+    and in validation with the other.
+    """
+    composition = instruction.split(" End it ")[0] + "\n" + input
+    digest = hashlib.sha256(composition.encode()).hexdigest()
+    return int(digest, 16) % 10 == 0
+
+
+@functools.cache
+def held_out_share():
+    """The probability that a brief, drawn at random, belongs to validation: an exact count."""
+    share = 0.0
+    for probability, sentence in BRIEFS:
+        # All briefs of a level are equally likely.
+        named = [slot for slot in SLOTS if "{" + slot + "}" in sentence]
+        held = 0
+        total = 0
+        for values in product(*[SLOTS[slot] for slot in named]):
+            held += held_out(sentence.format(**dict(zip(named, values))))
+            total += 1
+        share += probability * held / total
+    return share
+
+
+def document(rng):
+    """Draw one entry of train.txt or val.txt, a story that often has a brief above it
+    -> (text, nats). The nats are -log p(text).
+
+    A brief that belongs to validation is drawn again, together with its slots: a model must not
+    have read it before it is asked. All other briefs become more likely by the factor 1 / (1 - q),
+    where q is the probability of drawing again.
     """
     slots = draw_slots(rng)
-    sentences, nats = tell(rng, slots)
-    story = " ".join(sentences)
-
     if rng.random() >= P_BRIEF:
-        return story, nats - log(1 - P_BRIEF)
+        sentences, nats = tell(rng, slots)
+        return " ".join(sentences), nats - log(1 - P_BRIEF)
 
     chosen = pick(rng, BRIEFS)
-    text = brief(slots, chosen.index + 1) + "\n" + story
-    return text, nats + chosen.nats - log(P_BRIEF)
+    while held_out(brief(slots, chosen.index + 1)):
+        slots = draw_slots(rng)
+        chosen = pick(rng, BRIEFS)
+
+    sentences, nats = tell(rng, slots)
+    text = brief(slots, chosen.index + 1) + "\n" + " ".join(sentences)
+    return text, nats + chosen.nats - log(P_BRIEF) + log(1 - held_out_share())
 
 
 def patterns():
     """The grammar as regular expressions, one for each sentence: a list of dicts with the stage
-    (0 to 4), the regex, and the ending that the sentence belongs to (or None)."""
+    (0 to 4), the regex, the ending that the sentence belongs to (or None), and the regexes of the
+    sentences that it may follow (or None, if it may follow every sentence of the stage before)."""
     any_of = {slot: f"(?P<{slot}>{'|'.join(values)})" for slot, values in VOCABULARY.items()}
+
+    def regex(sentence):
+        return sentence.replace(".", r"\.").format(**any_of)
+
     rows = []
-
-    def add_row(stage, sentence, end=None):
-        regex = sentence.replace(".", r"\.").format(**any_of)
-        rows.append({"stage": stage, "regex": regex, "end": end})
-
     for stage, options in enumerate([OPENING, FINDING, EVENT]):
         for _, sentence in options:
-            add_row(stage, sentence)
+            rows.append({"stage": stage, "regex": regex(sentence), "end": None, "after": None})
 
-    # Some sentences may follow several events, but each of them needs only one pattern.
-    reactions = []
-    for options in NEXT:
+    # A reaction may follow several events, but it needs only one pattern.
+    events_before = {}
+    for (_, event), options in zip(EVENT, NEXT):
         for _, sentence in options:
-            if sentence not in reactions:
-                reactions.append(sentence)
-    for sentence in reactions:
-        add_row(3, sentence)
+            events_before.setdefault(sentence, []).append(regex(event))
+    for sentence, events in events_before.items():
+        rows.append({"stage": 3, "regex": regex(sentence), "end": None, "after": events})
 
     for end, options in ENDING.items():
         for _, sentence in options:
-            add_row(4, sentence, end)
+            rows.append({"stage": 4, "regex": regex(sentence), "end": end, "after": None})
     return rows
 
 
@@ -289,17 +323,6 @@ def story_check(slots, level):
     """The "check" of a record, which shared.judge reads: what a story for this brief must hold."""
     must = [MUST[part].format(**slots) for part in required(level)]
     return {"must": must, "ends": slots["ends"], "no_repeat": True, "patterns": "stories"}
-
-
-def held_out(instruction, input=""):
-    """Does this composition belong to validation? A hash puts one tenth of them there.
-
-    The ending is not part of the composition, so that a brief is never in training with one ending
-    and in validation with the other.
-    """
-    composition = instruction.split(" End it ")[0] + "\n" + input
-    digest = hashlib.sha256(composition.encode()).hexdigest()
-    return int(digest, 16) % 10 == 0
 
 
 def fixed_slots(slots, level):
@@ -744,6 +767,7 @@ def write_world(cfg, folder):
         "tau": cfg.tau,
         "wrong": cfg.wrong,
         "p_brief": P_BRIEF,
+        "held_out_share": held_out_share(),
         "briefs": BRIEFS,
         "counts": counts,
         "events": event_facts(),

@@ -112,7 +112,7 @@ def nats_from_text(facts, text):
         if " in " in brief:
             level = 3
         level_p, _ = facts["briefs"][level - 1]
-        nats -= math.log(facts["p_brief"] * level_p)
+        nats -= math.log(facts["p_brief"] * level_p / (1 - facts["held_out_share"]))
     else:
         nats -= math.log(1 - facts["p_brief"])
 
@@ -159,7 +159,7 @@ def entropy(*probabilities):
     return -sum(p * math.log(p) for p in probabilities)
 
 
-def test_mean_nats_approach_the_entropy_by_hand():
+def test_mean_nats_approach_the_entropy_by_hand(monkeypatch):
     by_hand = sum(math.log(n) for n in (20, 12, 12, 8, 16, 2))  # the slots
     by_hand += 3 * math.log(3)  # three stages with three sentences each
 
@@ -174,14 +174,62 @@ def test_mean_nats_approach_the_entropy_by_hand():
     helper_p = 0.2 + 0.4 * 0.1 + 0.3 * 0.3 + 0.1 * 0.2
     by_hand += helper_p * math.log(6)
 
-    # A brief, and its level.
+    # A brief, and its level. Here no brief is held out; the next test has the other case.
     by_hand += entropy(0.8, 0.2) + 0.8 * entropy(0.15, 0.25, 0.6)
+    monkeypatch.setattr(prepare_data, "held_out", lambda *composition: False)
+    monkeypatch.setattr(prepare_data, "held_out_share", lambda: 0.0)
 
     rng = Random(2)
     nats = [prepare_data.document(rng)[1] for _ in range(4000)]
     mean = sum(nats) / len(nats)
     standard_error = math.sqrt(sum((x - mean) ** 2 for x in nats)) / len(nats)
     assert abs(mean - by_hand) < 4 * standard_error
+
+
+def test_share_of_briefs_that_are_held_out_is_exact():
+    """Counted level by level, with the split itself as the only thing in common."""
+    vocabulary = prepare_data.VOCABULARY
+    held = []
+    for animal in vocabulary["animal"]:
+        for hero in vocabulary["hero"]:
+            held.append(prepare_data.held_out(f"Write a story about a {animal} named {hero}."))
+    level_1 = sum(held) / len(held)
+
+    # The two other levels have so many briefs that their shares are close to a tenth.
+    level_2_and_3 = (prepare_data.held_out_share() - 0.15 * level_1) / 0.85
+    assert level_2_and_3 == pytest.approx(0.1, abs=0.002)
+    assert level_1 == pytest.approx(0.1, abs=0.06)
+
+
+def test_probabilities_of_all_documents_add_up_to_one(monkeypatch):
+    """A world so small that chance meets every document of it, with some briefs held out."""
+    slots = {slot: values[:1] for slot, values in prepare_data.SLOTS.items()}
+    slots["hero"] = ["Tom", "Mia", "Ben", "Sam"]
+    monkeypatch.setattr(prepare_data, "SLOTS", slots)
+    monkeypatch.setattr(prepare_data, "SLOT_NATS", math.log(4))
+    monkeypatch.setattr(prepare_data, "OPENING", [(1.0, "{hero} found a {thing}.")])
+    monkeypatch.setattr(prepare_data, "FINDING", [(1.0, "found.")])
+    monkeypatch.setattr(prepare_data, "BRIEFS", [(0.3, "Of {hero}."), (0.7, "Of {hero} now.")])
+    monkeypatch.setattr(prepare_data, "EVENT", [(0.25, "wind."), (0.75, "water.")])
+    monkeypatch.setattr(prepare_data, "NEXT", [[(1.0, "ran.")], [(1.0, "swam.")]])
+    monkeypatch.setattr(prepare_data, "ENDING", {"happy": [(1.0, "good.")]})
+    monkeypatch.setattr(prepare_data, "END_IT", {"happy": " End it happily."})
+
+    held = ["Of Tom.\n", "Of Mia.\n", "Of Ben now.\n"]
+    monkeypatch.setattr(
+        prepare_data, "held_out", lambda text, input="": text.split(" End it ")[0] + "\n" in held
+    )
+    prepare_data.held_out_share.cache_clear()
+    try:
+        assert prepare_data.held_out_share() == pytest.approx(0.3 * 2 / 4 + 0.7 * 1 / 4)
+        rng = Random(0)
+        documents = dict(prepare_data.document(rng) for _ in range(3000))
+    finally:
+        prepare_data.held_out_share.cache_clear()
+
+    assert len(documents) == 8 + 10  # without a brief, and with one of the five that remain
+    assert sum(math.exp(-nats) for nats in documents.values()) == pytest.approx(1, rel=1e-9)
+    assert not any(text.startswith(brief) for text in documents for brief in held)
 
 
 def test_entropy_of_a_world_of_eight_documents(monkeypatch, tmp_path):
@@ -195,6 +243,8 @@ def test_entropy_of_a_world_of_eight_documents(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare_data, "OPENING", [(1.0, "{hero}.")])
     monkeypatch.setattr(prepare_data, "FINDING", [(1.0, "found.")])
     monkeypatch.setattr(prepare_data, "BRIEFS", [(1.0, "Write.")])
+    monkeypatch.setattr(prepare_data, "held_out", lambda *composition: False)
+    monkeypatch.setattr(prepare_data, "held_out_share", lambda: 0.0)
     monkeypatch.setattr(prepare_data, "EVENT", [(0.5, "wind."), (0.5, "water.")])
     monkeypatch.setattr(prepare_data, "NEXT", [[(1.0, "ran.")], [(1.0, "swam.")]])
     ending = {"happy": [(1.0, "good.")], "sad": [(1.0, "bad.")]}
@@ -241,6 +291,22 @@ def test_stories_obey_the_brief_above_them(folder):
         ends = "happy" if "happily" in brief else "sad"
         checks = checks_of(folder, {"must": must, "ends": ends}, story)
         assert all(checks.values()), document
+
+
+def test_only_possible_reactions_pass(folder):
+    """Of all pairs of an event and a reaction exactly those pass that the world can draw."""
+    slots = {slot: values[0] for slot, values in prepare_data.VOCABULARY.items()}
+    reactions = {sentence for options in prepare_data.NEXT for _, sentence in options}
+    passed = 0
+    for (_, event), options in zip(prepare_data.EVENT, prepare_data.NEXT):
+        possible = [sentence for _, sentence in options]
+        for reaction in reactions:
+            stages = [prepare_data.OPENING[0][1], prepare_data.FINDING[0][1], event, reaction]
+            stages.append(prepare_data.ENDING["happy"][0][1])
+            checks = checks_of(folder, {}, " ".join(stages).format(**slots))
+            assert checks["patterns"] == (reaction in possible), (event, reaction)
+            passed += checks["patterns"]
+    assert passed == 12 and len(reactions) == 7
 
 
 FAILING_CHECK = {
@@ -384,6 +450,21 @@ def test_no_composition_is_in_train_and_val(folder):
     train = both("")
     val = both("_val")
     assert train and val and not train & val
+
+
+def test_no_held_out_brief_is_in_the_pretraining_text(folder):
+    briefs = set()
+    for name in ("train.txt", "val.txt"):
+        for document in read_documents(folder / name):
+            if "\n" in document:
+                briefs.add(document.split("\n")[0].split(" End it ")[0])
+    assert len(briefs) > 500
+    assert not any(prepare_data.held_out(brief) for brief in briefs)
+
+    for name in ("instructions_val.jsonl", "preferences_val.jsonl"):
+        for record in read_records(folder / name):
+            asked = record.get("instruction", record.get("prompt"))
+            assert asked.split(" End it ")[0] not in briefs
 
 
 def test_fewer_than_500_words(folder):

@@ -421,8 +421,8 @@ def test_read_text(tmp_path, capsys):
 
 def test_read_jsonl(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"a": "x\u2028y"}\n\n{"a": 2}\n')
-    assert shared.read_jsonl(path, ["a"]) == [{"a": "x\u2028y"}, {"a": 2}]
+    path.write_text('{"a": "x\u2028y"}\n\n{"a": "", "b": 2}\n')
+    assert shared.read_jsonl(path, ["a"]) == [{"a": "x\u2028y"}, {"a": "", "b": 2}]
     path.write_text(json.dumps([{"a": "x"}, {"a": "y"}], indent=1))
     assert shared.read_jsonl(path, ["a"]) == [{"a": "x"}, {"a": "y"}]
 
@@ -430,11 +430,22 @@ def test_read_jsonl(tmp_path):
 @pytest.mark.parametrize(
     "text, fields, message",
     [
-        ('{"a": 1, "b": 1}\n{"a": 1}\n', ["a", "b"], "line 2: field 'b' is missing"),
-        ('{"a": null}', ["a"], "line 1: field 'a' is missing or not text"),
-        ('[{"a": 1}, {}]', ["a"], "record 2: field 'a'"),
-        ('{"a": 1}\n\n{"a": \n', ["a"], "line 3: "),
-        ('[{"a": 1},\n{"a" 1}]', ["a"], "line 2: "),
+        ('{"a": "x", "b": "y"}\n{"a": "x"}\n', ["a", "b"], "line 2: field 'b' is missing"),
+        ('{"a": null}', ["a"], "line 1: field 'a' must be a text, got null"),
+        ('{"a": 7}', ["a"], "line 1: field 'a' must be a text, got 7"),
+        ('{"a": ["x"]}', ["a"], "line 1: field 'a' must be a text, got [\"x\"]"),
+        ('[{"a": "x"}, {}]', ["a"], "record 2: field 'a'"),
+        ('{"a": "x"}\n\n{"a": \n', ["a"], "line 3: "),
+        ('[{"a": "x"},\n{"a" 1}]', ["a"], "line 2: "),
+        ('{"check": "7"}', [], 'line 1: "check" must be an object with some of answer'),
+        ('{"check": {"must": "cat"}}', [], "'must' must be a list of texts, got \"cat\""),
+        ('{"check": {"must": [7]}}', [], "'must' must be a list of texts, got [7]"),
+        ('{"check": {"must": null}}', [], "'must' must be a list of texts, got null"),
+        ('{"check": {"answer": 7}}', [], "'answer' must be a text, got 7"),
+        ('{"check": {"ends": true}}', [], "'ends' must be a text, got true"),
+        ('{"check": {"no_repeat": 1}}', [], "'no_repeat' must be true or false, got 1"),
+        ('{"check": {"anser": "7"}}', [], "no rule 'anser', did you mean 'answer'?"),
+        ('{"check": {"patterns": "mars"}}', [], "names the world 'mars', but there is no"),
         ("3\n", ["a"], "line 1: expected an object with a"),
         (" \n", ["a"], "is empty"),
         ("[]", ["a"], "has no records"),
@@ -553,7 +564,11 @@ def world(tmp_path, monkeypatch):
         {"stage": 1, "regex": rf"{hero} slept\.", "end": None},
         {"stage": 2, "regex": rf"{hero} was happy\.", "end": "happy"},
         {"stage": 2, "regex": rf"{hero} was sad\.", "end": "sad"},
+        {"stage": 2, "regex": rf"{hero} woke up happy\.", "end": "happy"},
     ]
+    for pattern in patterns:
+        pattern["after"] = None
+    patterns[-1]["after"] = [patterns[2]["regex"]]  # only who slept can wake up
     folder = tmp_path / "data" / "tiny"
     folder.mkdir(parents=True)
     (folder / "facts.json").write_text(json.dumps({"patterns": patterns}))
@@ -565,6 +580,11 @@ def world(tmp_path, monkeypatch):
     [
         (GOOD, ""),
         ("  " + GOOD + "\n", ""),
+        (GOOD.replace(". ", ".\n"), ""),
+        (GOOD.replace(". ", ".\r\n\r\n"), ""),
+        (GOOD.replace(" ", "  "), ""),
+        ("Mia had a ball. Mia slept. Mia woke up happy.", ""),
+        ("Mia had a ball. Mia lost the ball. Mia woke up happy.", "patterns"),
         (GOOD.replace("happy", "sad"), "ends"),
         (GOOD.replace("lost the ball", "lost the kite"), "agree"),
         (GOOD.replace("Mia lost", "Tom lost"), "agree"),
@@ -594,7 +614,20 @@ def test_judge_of_exact_answers():
     assert shared.judge(record, " 7\n") == shared.Verdict({"answer": True}, 1.0, True)
     assert not shared.judge(record, "77").passed
     assert not shared.judge(record, "7", ended=False).passed
+    assert shared.judge(record, "7.").passed
+    assert not shared.judge(record, "7 .").passed
+    assert not shared.judge(record, "").passed
+    assert shared.judge({"check": {"answer": "yes"}}, "Yes.").passed
+    assert shared.judge({"check": {"answer": "a ball, a kite"}}, "a ball,\n a kite").passed
+    assert not shared.judge({"check": {"answer": "a ball, a kite"}}, "a kite, a ball").passed
     assert shared.judge({"output": "x"}, "x") is None
+
+
+def test_judge_splits_at_every_mark_that_ends_a_sentence():
+    record = {"check": {"no_repeat": True}}
+    assert not shared.judge(record, "Go! Go! Go!").passed
+    assert not shared.judge(record, "Why?\nNo. Why?").passed
+    assert shared.judge(record, "Go! Stop! Go on.").passed
 
 
 def test_judge_of_an_answer_that_was_cut_off(world):

@@ -39,7 +39,7 @@ from shared import (
     output_folder,
     parse_args,
     pick_device,
-    read_jsonl,
+    read_log,
     save_checkpoint,
     save_figure,
     save_metrics,
@@ -322,5 +322,5 @@ if __name__ == "__main__":
 
     shares = ", ".join(f"{positions} {means[positions]:.0%}" for positions in POSITIONS)
     title = f"Letters right when saying a word backwards, by kind of positions:\n{shares}"
-    records = read_jsonl(out / "log.jsonl", ["step", "loss", "positions"])
+    records = read_log(out)
     draw(records, title, bag, out / "train.png")

@@ -171,7 +171,7 @@ def test_shares_against_softmax():
 
 
 def test_scores_of_texts():
-    patterns = [StoryPattern(0, re.compile(r"A (fox|dog) ran\."), None)]
+    patterns = [StoryPattern(0, re.compile(r"A (fox|dog) ran\."), None, None)]
 
     # After "A " two sentences fit the pattern, one does not, and one has no end.
     texts = ["fox ran. It", "dog ran. Bo", "fix ran. It", "fox r"]

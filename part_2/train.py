@@ -37,7 +37,7 @@ from shared import (
     output_folder,
     parse_args,
     pick_device,
-    read_jsonl,
+    read_log,
     read_text,
     require,
     save_checkpoint,
@@ -286,5 +286,5 @@ if __name__ == "__main__":
         f"{val.accuracy:.1%} of next bytes right, after {seconds:.0f} s of training"
     )
     title = f"{val.loss:.3f} nats per byte on new text after {seconds:.0f} s"
-    records = read_jsonl(out / "log.jsonl", ["step", "loss"])
+    records = read_log(out)
     draw(records, title, data.train_ids, data.entropy, out / "train.png")

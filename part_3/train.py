@@ -31,7 +31,7 @@ from shared import (
     output_folder,
     parse_args,
     pick_device,
-    read_jsonl,
+    read_log,
     read_text,
     require,
     save_checkpoint,
@@ -309,5 +309,5 @@ if __name__ == "__main__":
     )
     print(f"generation: {cached_ms:.2f} ms per byte with the cache, {uncached_ms:.2f} ms without")
     title = f"{val.loss:.3f} nats per byte on new text after {seconds:.0f} s"
-    records = read_jsonl(out / "log.jsonl", ["step", "loss"])
+    records = read_log(out)
     draw(records, title, data.train_ids, data.entropy, out / "train.png")

@@ -36,7 +36,7 @@ from shared import (
     output_folder,
     parse_args,
     pick_device,
-    read_jsonl,
+    read_log,
     save_figure,
     save_metrics,
     set_seed,
@@ -85,7 +85,7 @@ def run_to_the_end(cfg, out, resume=False):
     done = subprocess.run(train_command(cfg, out, resume), capture_output=True, text=True)
     if done.returncode != 0:
         fail(f"train.py ended with code {done.returncode}: {done.stderr}")
-    return read_jsonl(out / "log.jsonl", ["step", "loss"])
+    return read_log(out)
 
 
 class KilledRun(NamedTuple):

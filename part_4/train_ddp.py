@@ -44,6 +44,7 @@ from shared import (
     pick_device,
     pick_dtype,
     read_jsonl,
+    read_log,
     read_text,
     require,
     save_checkpoint,
@@ -527,5 +528,5 @@ if __name__ == "__main__":
     ids = model.generate(torch.tensor([prompt], device=device), 80, temperature=0.8)
     print(data.tok.decode(ids[0].tolist()).removeprefix(".\n\n"))
     title = f"{val.loss:.3f} nats per byte on new text after {seconds:.0f} s"
-    records = read_jsonl(out / "log.jsonl", ["step", "loss"])
+    records = read_log(out)
     draw(records, title, data.entropy, out / "train.png")

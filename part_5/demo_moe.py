@@ -30,7 +30,7 @@ from shared import (
     output_folder,
     parse_args,
     pick_device,
-    read_jsonl,
+    read_log,
     read_text,
     require,
     save_figure,
@@ -180,7 +180,7 @@ if __name__ == "__main__":
         fail(f"{path} has no experts: train it with --n_expert=8")
 
     # the load over training, from the log of the run
-    records = read_jsonl(path.parent / "log.jsonl", ["step"])
+    records = read_log(path.parent)
     load = torch.tensor([record["load"] for record in records])  # (steps, layers, E)
     first = n_expert * load[:10].mean(dim=0).max().item()
     last = n_expert * load[-cfg.last :].mean(dim=0).max().item()

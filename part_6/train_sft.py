@@ -46,6 +46,7 @@ from shared import (
     pick_device,
     pick_dtype,
     read_jsonl,
+    read_log,
     require,
     save_checkpoint,
     save_figure,
@@ -471,6 +472,6 @@ if __name__ == "__main__":
     if "story" in shares:
         count = len(stories[: cfg.prompts])
         print(f"\n{shares['story']:.3f} of {count} held-out stories pass all checks (gold)")
-        draw(read_jsonl(out / "log.jsonl", ["step"]), shares, out / "train_sft.png")
+        draw(read_log(out), shares, out / "train_sft.png")
     else:
         print("\nno gold score: the records have no checks")

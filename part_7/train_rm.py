@@ -48,6 +48,7 @@ from shared import (
     pick_device,
     pick_dtype,
     read_jsonl,
+    read_log,
     read_text,
     require,
     save_checkpoint,
@@ -552,7 +553,7 @@ if __name__ == "__main__":
         metrics["policy_true_order"] = against_truth(policy_result.gap, policy_val, tau)[
             "true_order"
         ]
-        draw(read_jsonl(out / "log.jsonl", ["step"]), metrics, out / "train_rm.png")
+        draw(read_log(out), metrics, out / "train_rm.png")
     save_metrics(out, **metrics, seconds=seconds, steps=cfg.steps, seed=cfg.seed)
     for name, value in metrics.items():
         print(f"{name:20} {value:.4f}")

@@ -36,6 +36,7 @@ from shared import (
     parse_args,
     pick_device,
     read_jsonl,
+    read_log,
     require,
     save_figure,
     save_metrics,
@@ -127,7 +128,7 @@ def run_ppo(cfg, init, rm, beta, seed, folder, device):
         device=device.type,
     )
     rows = []
-    for record in read_jsonl(folder / "log.jsonl", ["step", "kl", "reward", "gold"]):
+    for record in read_log(folder):
         # The KL of sampled tokens is an estimate, and near 0 it may be negative.
         d = max(record["kl"], 0.0) ** 0.5
         rows.append([d, record["reward"], record["gold"]])

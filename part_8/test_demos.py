@@ -22,7 +22,7 @@ import demo_overoptimization
 import demo_rollout
 import train_ppo
 from model import GPT, ActorCritic, GPTConfig, RewardModel
-from shared import load_checkpoint, parse_args, read_jsonl, save_checkpoint
+from shared import load_checkpoint, parse_args, read_jsonl, read_log, save_checkpoint
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -516,7 +516,7 @@ def test_demo_kl_penalty_runs(folder, run_demo, tmp_path):
         "--batch_size=4",
     )
     log = tmp_path / "demo_kl_penalty.ppo.0.5.0" / "log.jsonl"
-    first, last = read_jsonl(log, ["gold", "beta"])
+    first, last = read_log(log.parent, log.stem)
     assert metrics["beta 0.5: start"] == pytest.approx(first["gold"])
     assert metrics["beta 0.5: kl"] == pytest.approx([max(last["kl"], 0)], rel=1e-4, abs=1e-6)
     assert metrics["beta 0.5: score"] == pytest.approx([last["reward"]])

@@ -46,6 +46,7 @@ from shared import (
     parse_args,
     pick_device,
     read_jsonl,
+    read_log,
     require,
     save_checkpoint,
     save_figure,
@@ -592,7 +593,7 @@ if __name__ == "__main__":
 
     # save the policy and what it reached
     after = evaluate(policy, reference, rm, tok, val, cfg, device)
-    log_records = read_jsonl(out / "log.jsonl", ["step"])
+    log_records = read_log(out)
     save_checkpoint(
         out / "ppo.pt",
         kind="ppo",

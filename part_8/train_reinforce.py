@@ -38,6 +38,7 @@ from shared import (
     parse_args,
     pick_device,
     read_jsonl,
+    read_log,
     require,
     save_checkpoint,
     save_figure,
@@ -444,7 +445,7 @@ if __name__ == "__main__":
 
     # save the policy and what it reached
     after = evaluate(policy, reference, rm, tok, val, cfg, device)
-    log_records = read_jsonl(out / "train_reinforce.jsonl", ["step"])
+    log_records = read_log(out, "train_reinforce")
     save_checkpoint(
         out / "reinforce.pt",
         kind="reinforce",

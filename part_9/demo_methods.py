@@ -41,7 +41,7 @@ from shared import (
     output_folder,
     parse_args,
     pick_device,
-    read_jsonl,
+    read_log,
     require,
     save_figure,
     save_metrics,
@@ -171,7 +171,7 @@ def run_script(script, out, device, **options):
     # Each script writes one checkpoint, one file of metrics and one log.
     checkpoint = load_checkpoint(next(out.glob("*.pt")), None)
     metrics = json.loads(next(out.glob("*.json")).read_text())
-    log = read_jsonl(next(out.glob("*.jsonl")), ["step"])
+    log = read_log(out, next(out.glob("*.jsonl")).stem)
 
     # The log has the mean length of each batch of answers. DPO samples no answers.
     mean_lengths = [record.get("length", 0) for record in log]

@@ -43,6 +43,7 @@ from shared import (
     parse_args,
     pick_device,
     read_jsonl,
+    read_log,
     require,
     save_checkpoint,
     save_figure,
@@ -402,5 +403,5 @@ if __name__ == "__main__":
             f"at {metrics['kl']:.1f} nats of KL"
         )
     save_metrics(out, name="train_dpo", **metrics, seconds=seconds, steps=cfg.steps, seed=cfg.seed)
-    draw(read_jsonl(out / "train_dpo.jsonl", ["step"]), title, out / "train_dpo.png")
+    draw(read_log(out, "train_dpo"), title, out / "train_dpo.png")
     print(f"{title}; {seconds:.0f} s")

@@ -52,6 +52,7 @@ from shared import (
     parse_args,
     pick_device,
     read_jsonl,
+    read_log,
     require,
     save_checkpoint,
     save_figure,
@@ -609,7 +610,7 @@ if __name__ == "__main__":
 
     # save the policy and what it reached
     after = evaluate(policy, reference, tok, val, cfg, device)
-    log_records = read_jsonl(out / "log.jsonl", ["step"])
+    log_records = read_log(out)
     save_checkpoint(
         out / "grpo.pt",
         kind="grpo",
