@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +37,25 @@ RANK = int(os.environ.get("RANK", 0))
 
 # These options cannot change a result, so a run with them is still a run with the defaults.
 NEUTRAL = {"out", "device", "resume", "save_every", "eval_every", "log_every", "threads"}
+
+# An option of one of these names has this range in every script. A script asserts what is special
+# to it, for example that one size divides another.
+AT_LEAST_1 = """accum batch_size block_size draws epochs eval_bytes group held_out kill last length
+    longer max_new_tokens minibatches moe_every n_embd n_head n_kv_head n_layer positions prompts
+    repeats rm_steps row samples save_every seeds steps streams terms top_k_experts vocab_size width
+    windows"""
+ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps rope_base scale score_clip seconds tau
+    vf_clip"""
+AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_target lr lr_adamw
+    lr_value margin mlp_dim n_expert pairs policy_pairs seed shuffles sink target_loss temperature
+    threads vf_coef weight_decay window"""
+UP_TO_1 = "decay gamma lam share small warmup wrong"
+
+# tiktoken's pattern matching gives up at a million blanks in a row.
+LONGEST_BLANK = 500_000
+
+# Larger seeds would overflow where a seed is made from a seed and a step.
+LARGEST_INT = 10**12
 
 BOOLS = {"0": False, "1": True, "false": False, "true": True}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -222,12 +242,16 @@ def converter(kind):
 
     def convert(text):
         try:
-            if kind is bool:
-                return BOOLS[text.lower()]
-            return kind(text)
+            value = BOOLS[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             message = f"wants {wanted[kind]}, got {text!r}"
             raise argparse.ArgumentTypeError(message) from None
+
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"wants a finite number, got {text!r}")
+        if kind is int and abs(value) > LARGEST_INT:
+            raise argparse.ArgumentTypeError(f"wants at most {LARGEST_INT:,}, got {text!r}")
+        return value
 
     return convert
 
@@ -260,6 +284,8 @@ def field_comments(cls):
 
 def build_config(cls, defaults, given):
     """One config from the final values, so that __post_init__ derives other fields from these."""
+    for name, value in select_fields(cls, given).items():
+        check_range(name, value)
     values = select_fields(cls, defaults | given)
     try:
         return cls(**values)
@@ -268,6 +294,20 @@ def build_config(cls, defaults, given):
     except ZeroDivisionError:
         options = " ".join(f"--{name}={value}" for name, value in values.items())
         fail(f"a size by which others are divided is 0: {options}")
+
+
+def check_range(name, value):
+    """Fail if the value of an option is outside of the range that its name stands for."""
+    if isinstance(value, (str, bool)):
+        return
+    if name in AT_LEAST_1.split() and value < 1:
+        fail(f"--{name}={value} must be at least 1")
+    if name in ABOVE_0.split() and value <= 0:
+        fail(f"--{name}={value} must be above 0")
+    if name in AT_LEAST_0.split() and value < 0:
+        fail(f"--{name}={value} must not be negative")
+    if name in UP_TO_1.split() and not 0 <= value <= 1:
+        fail(f"--{name}={value} must be from 0 to 1")
 
 
 def changed_options(config, defaults, given):
@@ -378,6 +418,7 @@ def as_json(value, **options):
 def write_atomic(path, data):
     """Write all the bytes or none: to a temporary file first, which is then renamed."""
     path = Path(path)
+    sweep(path.parent, f".{path.name}.*.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -388,6 +429,20 @@ def write_atomic(path, data):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder, pattern):
+    """Delete the temporary files and folders that killed runs left behind. What somebody may still
+    be writing is younger than an hour, and stays."""
+    for path in Path(folder).glob(pattern):
+        # Another process may sweep at the same time.
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < 3600:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def save_metrics(out, name="metrics", **metrics):
@@ -451,7 +506,7 @@ def require(path):
         run_maker(path, MAKERS[str(path)])
 
     # Somebody may have written an experiment to this path with --out.
-    made = load_checkpoint(last_file, None) if is_checkpoint else json.loads(last_file.read_text())
+    made = load_checkpoint(last_file, None) if is_checkpoint else read_facts(last_file)
     changed = made.get("changed", {})
     if changed:
         options = " ".join(f"--{name}={value}" for name, value in changed.items())
@@ -460,6 +515,16 @@ def require(path):
             "move it away, and it will be built again"
         )
     return target
+
+
+def read_facts(path):
+    """The facts.json of a world, as a dict."""
+    try:
+        facts = json.loads(path.read_text())
+        facts["patterns"][0]["after"]  # what an older version of prepare_data.py wrote lacks it
+        return facts
+    except (ValueError, LookupError, TypeError):
+        fail(f"{path} is broken or of an older version: delete {path.parent}, it is made again")
 
 
 def run_maker(path, maker):
@@ -486,12 +551,14 @@ def read_text(path):
     if not Path(path).is_file():
         fail(f"there is no file {path}")
 
-    # What cannot be decoded is replaced by U+FFFD.
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    if "\ufffd" in text:
-        fail(f"{path} is not UTF-8 text")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        fail(f"{path} is not UTF-8 text: byte {error.start} does not belong there")
     if not text.strip():
         fail(f"{path} is empty")
+    if re.search(rf"\s{{{LONGEST_BLANK}}}", text):
+        fail(f"{path} has more than {LONGEST_BLANK:,} blanks in a row: remove some of them")
     return text
 
 
@@ -802,14 +869,11 @@ def story_patterns(facts_path):
     if not facts_path.exists():
         require(f"data/{facts_path.parent.name}")
 
-    # What an older version of prepare_data.py wrote lacks "after".
-    try:
-        rows = json.loads(facts_path.read_text())["patterns"]
-        rows = [(row["stage"], row["regex"], row["end"], row["after"]) for row in rows]
-    except (ValueError, KeyError, TypeError):
-        folder = facts_path.parent
-        fail(f"{facts_path} is broken or of an older version: delete {folder}, it is made again")
-    return [StoryPattern(stage, re.compile(regex), end, after) for stage, regex, end, after in rows]
+    patterns = []
+    for row in read_facts(facts_path)["patterns"]:
+        regex = re.compile(row["regex"])
+        patterns.append(StoryPattern(row["stage"], regex, row["end"], row["after"]))
+    return patterns
 
 
 # ------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from random import Random
 from time import time
 from typing import NamedTuple
 
-from shared import ROOT, judge, parse_args
+from shared import ROOT, judge, parse_args, sweep
 
 
 @dataclass
@@ -825,7 +825,8 @@ if __name__ == "__main__":
     out.mkdir(parents=True, exist_ok=True)
 
     # An interrupted run must not leave a broken world, so all files are first written elsewhere.
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    sweep(out.parent, ".prepare_data.*")
+    with tempfile.TemporaryDirectory(prefix=".prepare_data.", dir=out.parent) as folder:
         facts = write_world(cfg, Path(folder))
         replace_world(Path(folder), out)
 

@@ -100,11 +100,11 @@ def is_one_error_line(text):
 
 
 def test_options_are_converted_to_the_types_of_the_fields():
-    argv = ["--steps", "5", "--lr=-1e-3", "--resume", "--n_embd=64", "--colour=a=b"]
+    argv = ["--steps", "5", "--lr=1e-3", "--resume", "--n_embd=64", "--colour=a=b"]
     cfg, sizes = shared.parse_args(Config, Sizes, argv=argv)
-    assert (cfg.steps, cfg.lr, cfg.resume, cfg.colour) == (5, -1e-3, True, "a=b")
+    assert (cfg.steps, cfg.lr, cfg.resume, cfg.colour) == (5, 1e-3, True, "a=b")
     assert sizes.n_embd == 64
-    assert shared.parse_args(Config, argv=["--seed", "-1"]).seed == -1
+    assert shared.parse_args(Config, argv=["--seed", "1"]).seed == 1
     assert shared.parse_args(Config, argv=["--colour="]).colour == ""
 
 
@@ -180,7 +180,7 @@ def test_classes_that_share_a_field_share_the_option():
         (["--out", "--lr=1"], "--out wants a value"),
         (["--lr", "-1e-3"], "--lr wants a value: --lr=..."),
         (["--n_embd=65"], "n_embd=65 must be divisible by n_head=4"),
-        (["--n_head=0"], "is 0: --n_head=0"),
+        (["--n_head=0"], "--n_head=0 must be at least 1"),
     ],
 )
 def test_a_wrong_option_ends_in_one_line(capsys, argv, message):
@@ -394,7 +394,7 @@ def test_under_torchrun_the_others_wait_for_process_0(tmp_path, monkeypatch):
     def sleep(seconds):
         naps.append(seconds)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+        path.write_text('{"patterns": [{"after": null}]}')
 
     monkeypatch.setattr(time, "sleep", sleep)
     assert shared.require("data/stories") == path.parent
@@ -635,3 +635,91 @@ def test_judge_of_an_answer_that_was_cut_off(world):
     assert not verdict.checks["end"]
     assert verdict.share == pytest.approx(6 / 7)
     assert not verdict.passed
+
+
+# ------------------------------------------------------------------------------------------
+# Ranges of options, and what killed runs leave behind
+
+
+@dataclass
+class Ranges:
+    steps: int = 3
+    grad_clip: float = 1.0
+    weight_decay: float = 0.0
+    warmup: float = 0.1
+    seed: int = 0
+    resume: bool = False
+    data: str = ""
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--steps=0", "--steps=0 must be at least 1"),
+        ("--steps=-3", "--steps=-3 must be at least 1"),
+        ("--grad_clip=-1", "--grad_clip=-1.0 must be above 0"),
+        ("--grad_clip=0", "--grad_clip=0.0 must be above 0"),
+        ("--weight_decay=-0.1", "--weight_decay=-0.1 must not be negative"),
+        ("--warmup=nan", "--warmup wants a finite number, got 'nan'"),
+        ("--warmup=1.1", "--warmup=1.1 must be from 0 to 1"),
+        ("--warmup=-0.1", "--warmup=-0.1 must be from 0 to 1"),
+        ("--grad_clip=inf", "--grad_clip wants a finite number, got 'inf'"),
+        ("--seed=-1", "--seed=-1 must not be negative"),
+        ("--seed=99999999999999999999", "--seed wants at most 1,000,000,000,000, got"),
+    ],
+)
+def test_an_option_out_of_its_range_is_one_line(capsys, option, message):
+    assert message in error_of(capsys, lambda: shared.parse_args(Ranges, argv=[option]))
+
+
+@pytest.mark.parametrize(
+    "option", ["--steps=1", "--grad_clip=99", "--weight_decay=0", "--warmup=1", "--seed=999999999"]
+)
+def test_the_ends_of_a_range_belong_to_it(option):
+    shared.parse_args(Ranges, argv=[option])
+
+
+def test_every_number_of_every_script_has_a_range():
+    """A new option of a script must be named in shared.py, or here if it may be negative."""
+    free = {"missing_end", "part", "pair", "short", "show", "shown", "u", "z"}
+    known = " ".join([shared.AT_LEAST_1, shared.ABOVE_0, shared.AT_LEAST_0, shared.UP_TO_1]).split()
+    assert len(known) == len(set(known)), "no option has two ranges"
+    for path in shared.ROOT.glob("part_*/*.py"):
+        if path.name.startswith("test_"):
+            continue
+        for found in re.finditer(r"^    (\w+): (?:int|float) = ", path.read_text(), re.MULTILINE):
+            assert found[1] in free.union(known), f"{path}: {found[1]} has no range"
+
+
+def test_old_temporary_files_are_swept_away(tmp_path):
+    old = tmp_path / ".log.json.17.tmp"
+    young = tmp_path / ".log.json.18.tmp"
+    other = tmp_path / ".other.json.17.tmp"
+    for path in (old, young, other):
+        path.write_text("x")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    shared.write_atomic(tmp_path / "log.json", b"{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, other.name, "log.json"]
+
+    folder = tmp_path / ".prepare_data.x"
+    folder.mkdir()
+    (folder / "train.txt").touch()
+    os.utime(folder, (0, 0))
+    shared.sweep(tmp_path, ".prepare_data.*")
+    assert not folder.exists()
+
+
+def test_a_text_may_hold_the_replacement_character_but_not_endless_blanks(tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text("caf\ufffd", encoding="utf-8")
+    assert shared.read_text(path) == "caf\ufffd"
+    path.write_text("a" + " " * 600_000 + "b")
+    assert "blanks in a row" in error_of(capsys, shared.read_text, path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"patterns": [{"stage": 0}]}'])
+def test_a_broken_world_is_one_line(tmp_path, capsys, text):
+    path = tmp_path / "facts.json"
+    path.write_text(text)
+    assert "is broken or of an older version" in error_of(capsys, shared.read_facts, path)

@@ -113,6 +113,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
         p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens
         drop = before >= top_p
+        drop[:, 0] = False  # the likeliest token stays, even if p is 0
         drop = drop.scatter(-1, order, drop)  # from sorted order back to vocabulary order
         logits = logits.masked_fill(drop, float("-inf"))
 
@@ -345,6 +346,7 @@ class GPT(nn.Module):
 
         There is no end: the ring forgets what has left the window.
         """
+        assert idx.size(1) > 0, "the prompt is empty: the first token needs one before it"
         cache = KVCache(self.cfg, len(idx), idx.device, self.wte.weight.dtype)
         new = idx  # what the cache has not read yet
         for _ in range(max_new_tokens):

@@ -57,7 +57,7 @@ class Config:
     steps: int = 600  # optimizer steps
     batch_size: int = 8  # sequences per step
     lr: float = 1e-3  # learning rate of AdamW
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down
     # run
     eval_every: int = 200  # steps between evaluations on the validation data
     seed: int = 0  # seed of all random numbers
@@ -259,8 +259,7 @@ if __name__ == "__main__":
         loss.backward()
 
         # update, with the gradient's norm limited
-        max_norm = cfg.grad_clip if cfg.grad_clip > 0 else float("inf")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds += time.time() - start

@@ -78,6 +78,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
         p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens
         drop = before >= top_p
+        drop[:, 0] = False  # the likeliest token stays, even if p is 0
         drop = drop.scatter(-1, order, drop)  # from sorted order back to vocabulary order
         logits = logits.masked_fill(drop, float("-inf"))
 
@@ -278,6 +279,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
         """Continues each row: idx (B, T) -> (B, T + max_new_tokens). The options are sample's."""
+        assert idx.size(1) > 0, "the prompt is empty: the first token needs one before it"
         block_size = self.cfg.block_size
         cache = KVCache(self.cfg, len(idx), idx.device, self.wte.weight.dtype)
         # What the cache does not hold yet. The model sees no further back than block_size tokens.

@@ -296,6 +296,7 @@ def test_generate_samples_as_its_options_say():
     assert not torch.equal(model.generate(idx, 10), greedy)
     assert torch.equal(model.generate(idx, 10, top_k=1), greedy)
     assert torch.equal(model.generate(idx, 10, top_p=1e-6), greedy)
+    assert torch.equal(model.generate(idx, 10, top_p=0.0), greedy)
     assert torch.equal(model.generate(idx, 10, temperature=1e-4), greedy)
     assert torch.equal(model.generate(idx, 0), idx)
 

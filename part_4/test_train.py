@@ -211,7 +211,7 @@ def test_set_lr_scales_every_optimizer_from_its_own_peak():
     for scale in (0.5, 0.1, 1.0):  # never from the last rate
         train.set_lr(optimizers, scale)
         rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-        assert rates == [0.5 * scale, 0.25 * scale]
+        assert rates == [0.5 * scale, 0.25 * scale, 0.25 * scale]
 
 
 # Muon ---------------------------------------------------------------------------------------------
@@ -360,7 +360,8 @@ def test_the_optimizers_get_their_options(weight_decay):
     for optimizer, lr in ((muon, 0.5), (adamw, 0.25)):
         for group in optimizer.param_groups:
             assert group["lr"] == group["peak_lr"] == lr
-            assert group["weight_decay"] == weight_decay
+            are_gains = all(p.ndim == 1 for p in group["params"])
+            assert group["weight_decay"] == (0 if are_gains else weight_decay)
     assert muon.param_groups[0]["momentum"] == 0.95
     assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
 
@@ -481,18 +482,42 @@ def test_a_resume_point_brings_everything_back(tmp_path):
     train.backward(model, tokens(4, 16), tokens(4, 16, seed=2), cfg, nullcontext, NO_SCALER)
     for optimizer in optimizers:
         optimizer.step()
-    train.save_resume_point(tmp_path, 5, cfg, model, optimizers, scaler)
+    data = make_data("some text, " * 9)
+    train.save_resume_point(tmp_path, 5, cfg, data, model, optimizers, scaler)
 
     fresh = make_model(seed=3)
     fresh_optimizers = make_optimizers(fresh, cfg)
     fresh_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    point = train.load_resume_point(tmp_path, cfg, gpt_cfg)
+    point = train.load_resume_point(tmp_path, cfg, gpt_cfg, data)
     assert train.resume_from(point, fresh, fresh_optimizers, fresh_scaler) == 5
     for name, p in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], p), name
     for optimizer, fresh_optimizer in zip(optimizers, fresh_optimizers):
         assert str(fresh_optimizer.state_dict()) == str(optimizer.state_dict())
     assert fresh_scaler.get_scale() == 8.0
+
+
+def make_data(text):
+    """What load_data makes of a text, as far as a resume point needs it."""
+    tok = Tokenizer.train(text, 270)
+    ids = torch.tensor(tok.encode(text))
+    return train.Data(tok, ids, None, ids[:5], None, 0, None)
+
+
+@pytest.mark.parametrize("part", ["tok", "train_ids", "val_ids"])
+def test_a_resume_point_belongs_to_its_text_and_tokenizer(tmp_path, capsys, part):
+    cfg, gpt_cfg = parse_args(Config, GPTConfig, argv=["--batch_size=4", "--steps=9"], **SIZES)
+    model = GPT(gpt_cfg)
+    data = make_data("some text, " * 9)
+    train.save_resume_point(tmp_path, 5, cfg, data, model, [], NO_SCALER)
+    assert train.load_resume_point(tmp_path, cfg, gpt_cfg, data)["step"] == 5
+
+    other = make_data("other words; " * 9)
+    with pytest.raises(SystemExit) as error:
+        changed = data._replace(**{part: getattr(other, part)})
+        train.load_resume_point(tmp_path, cfg, gpt_cfg, changed)
+    assert error.value.code == 2
+    assert "was trained on another text" in capsys.readouterr().err
 
 
 # the scripts --------------------------------------------------------------------------------------
@@ -681,9 +706,11 @@ def train_by_hand(cfg, gpt_cfg):
     torch.manual_seed(cfg.seed)
     model = GPT(gpt_cfg)
     hidden = [p for name, p in model.named_parameters() if name[0] == "h" and p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if name[0] != "h" or p.ndim == 1]
+    tables = [model.wte.weight, model.lm_head.weight]
+    gains = [p for p in model.parameters() if p.ndim == 1]
     muon = Muon(hidden, lr=0.0, weight_decay=cfg.weight_decay)
-    adamw = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    adamw = torch.optim.AdamW(tables, lr=0.0, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    adamw.add_param_group({"params": gains, "weight_decay": 0.0})
 
     records = []
     for step in range(cfg.steps):
@@ -693,7 +720,8 @@ def train_by_hand(cfg, gpt_cfg):
         if cfg.steps - step < cfg.decay * cfg.steps:
             scale = (cfg.steps - step) / (cfg.decay * cfg.steps)
         muon.param_groups[0]["lr"] = scale * cfg.lr
-        adamw.param_groups[0]["lr"] = scale * cfg.lr_adamw
+        for group in adamw.param_groups:
+            group["lr"] = scale * cfg.lr_adamw
 
         x, y = train.get_batch(ids, starts, step, cfg, gpt_cfg.block_size)
         logits, _ = model(x)
@@ -701,7 +729,7 @@ def train_by_hand(cfg, gpt_cfg):
         model.zero_grad()
         loss.backward()
         norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
-        if cfg.grad_clip > 0 and norm > cfg.grad_clip:
+        if norm > cfg.grad_clip:
             for p in model.parameters():
                 p.grad *= cfg.grad_clip / norm
         muon.step()
@@ -724,7 +752,7 @@ HYPERPARAMETERS = dict(
 )
 
 
-@pytest.mark.parametrize("grad_clip", [1.8, 0.0])
+@pytest.mark.parametrize("grad_clip", [1.8, 1e9])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_every_step_is_the_one_computed_by_hand(server, tmp_path, grad_clip, scaled):
     """Also with a scaler, which must have no effect in fp32: the gradient is unscaled before it is
@@ -734,7 +762,7 @@ def test_every_step_is_the_one_computed_by_hand(server, tmp_path, grad_clip, sca
     run(server, out, *as_options(**values), scaled=scaled)
 
     expected = train_by_hand(Config(**values), GPTConfig(**TINY))
-    if grad_clip > 0:
+    if grad_clip < 1e9:
         clipped = [record["grad_norm"] > grad_clip for record in expected]
         assert 2 < sum(clipped) < 12, "the test needs steps of both kinds"
     for name in ("loss", "grad_norm", "lr"):
@@ -827,7 +855,7 @@ BAD_INPUT = {
     "type": (["--steps=three"], "--steps wants an int, got 'three'"),
     "accum": (["--accum=3"], "batch_size=4 must be divisible by accum=3"),
     "heads": (["--n_head=3"], "n_embd=16 must be divisible by n_head=3"),
-    "layers": (["--n_layer=0"], "--n_layer must be at least 1"),
+    "layers": (["--n_layer=0"], "--n_layer=0 must be at least 1"),
     "device": (["--device=tpu"], "--device=tpu is not available here"),
     "dtype": (["--dtype=fp8"], "--dtype=fp8 is not possible"),
     "fp16": (["--dtype=fp16"], "--dtype=fp16 is not possible"),
@@ -847,6 +875,7 @@ BAD_INPUT = {
     "seed": (["--resume", "--seed=1", "--steps=60"], "was written with other options"),
     "rate": (["--resume", "--lr=0.5", "--steps=60"], "was written with other options"),
     "batch": (["--resume", "--batch_size=8", "--steps=60"], "was written with other options"),
+    "text": (["--resume", "--data=FOLDER/other.txt", "--steps=60"], "was trained on another text"),
     "done": (["--resume"], "is already at step 30"),
 }
 
@@ -858,11 +887,12 @@ def bad_files(straight, tmp_path_factory):
     (folder / "empty.txt").touch()
     (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "short.txt").write_text("only a few words, " * 3)
+    (folder / "other.txt").write_text(make_text().replace("e", "o"))
 
     for name in BAD_INPUT:
         (folder / name / "out").mkdir(parents=True)
     resume_point = (straight[0] / "resume.pt").read_bytes()
-    for name in ("sizes", "seed", "rate", "batch", "done"):
+    for name in ("sizes", "seed", "rate", "batch", "text", "done"):
         (folder / name / "out/resume.pt").write_bytes(resume_point)
     half = resume_point[: len(resume_point) // 2]
     (folder / "truncated/out/resume.pt").write_bytes(half)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import hashlib
 import json
 import re
 import time
@@ -59,10 +60,10 @@ class Config:
     accum: int = 1  # micro-batches per step; the gradient is the same, in 1/accum of the memory
     lr: float = 0.01  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
     lr_adamw: float = 3e-3  # learning rate of AdamW, for everything else
-    weight_decay: float = 0.0  # of both optimizers; 0: there is too little repetition to overfit
+    weight_decay: float = 0.0  # of all matrices; 0: there is too little repetition to overfit
     warmup: float = 0.1  # share of the steps in which the learning rate rises to its peak
     decay: float = 0.5  # share of the steps, at the end, in which it falls linearly to 0
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down
     balance: float = 0.01  # weight of the load-balancing loss; 0: the router is left alone
     # run
     dtype: str = ""  # fp32, bf16 or fp16 (CUDA only); empty: bf16 on CUDA, fp32 elsewhere
@@ -123,8 +124,6 @@ def load_data(cfg, gpt_cfg):
     least = 256 + len(SPECIAL)
     if gpt_cfg.vocab_size < least:
         fail(f"--vocab_size must be at least {least}: 256 bytes and {len(SPECIAL)} special tokens")
-    if min(gpt_cfg.block_size, gpt_cfg.n_layer) < 1:
-        fail("--block_size and --n_layer must be at least 1")
 
     extra = ""  # text that only the tokenizer learns from
     entropy = None
@@ -252,16 +251,23 @@ def make_optimizers(model, cfg):
     a router are looked up or compared one by one, and gains are vectors: these are for AdamW.
     """
     hidden = []
-    others = []
+    tables = []
+    gains = []
     for name, p in model.named_parameters():
-        if name.startswith("h.") and p.ndim == 2 and "router" not in name:
+        if p.ndim < 2:
+            gains.append(p)
+        elif name.startswith("h.") and "router" not in name:
             hidden.append(p)
         else:
-            others.append(p)
+            tables.append(p)
+
+    # Weight decay is for matrices. A gain is best near 1, so pulling it to 0 makes no sense.
     muon = Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    adamw = torch.optim.AdamW(
-        others, lr=cfg.lr_adamw, betas=(0.9, 0.95), weight_decay=cfg.weight_decay
-    )
+    groups = [
+        {"params": tables, "weight_decay": cfg.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr_adamw, betas=(0.9, 0.95))
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -394,7 +400,15 @@ def draw(records, title, entropy, path):
 # resume -------------------------------------------------------------------------------------------
 
 
-def save_resume_point(out, step, cfg, model, optimizers, scaler):
+def fingerprint(data):
+    """A text that differs if anything in the training or validation tokens does."""
+    digest = hashlib.sha256()
+    digest.update(data.train_ids.numpy().tobytes())
+    digest.update(data.val_ids.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_resume_point(out, step, cfg, data, model, optimizers, scaler):
     """Writes out/resume.pt: all that a run needs to go on at this step, besides the data."""
     save_checkpoint(
         out / "resume.pt",
@@ -404,15 +418,25 @@ def save_resume_point(out, step, cfg, model, optimizers, scaler):
         config=asdict(cfg),
         optimizers=[optimizer.state_dict() for optimizer in optimizers],
         scaler=scaler.state_dict(),
+        tokenizer=data.tok.state(),
+        fingerprint=fingerprint(data),
         **model.to_checkpoint(),
     )
 
 
-def load_resume_point(out, cfg, gpt_cfg):
-    """Reads out/resume.pt -> its content. Stops with an error if this run has other options."""
+def load_resume_point(out, cfg, gpt_cfg, data):
+    """Reads out/resume.pt -> its content. Stops with an error if this run has other data or other
+    options."""
     point = load_checkpoint(out / "resume.pt", "resume")
 
-    # Options that do not change the model or the order of the data. The data may have moved.
+    # The file may have moved, but another text would have another tokenizer and another loss.
+    if point["tokenizer"] != data.tok.state() or point["fingerprint"] != fingerprint(data):
+        fail(
+            "--resume: out/resume.pt was trained on another text or with another --vocab_size; "
+            "repeat the options of that command"
+        )
+
+    # Options that do not change the model or the order of the data.
     free = ["data", "steps", "eval_every", "save_every", "resume", "target_loss", "device", "out"]
     saved = point["config"]
     current = asdict(cfg)
@@ -454,7 +478,7 @@ if __name__ == "__main__":
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     first_step = 0
     if cfg.resume:
-        point = load_resume_point(out, cfg, gpt_cfg)
+        point = load_resume_point(out, cfg, gpt_cfg, data)
         first_step = resume_from(point, model, optimizers, scaler)
     params = sum(p.numel() for p in model.parameters())
     print(
@@ -478,10 +502,14 @@ if __name__ == "__main__":
         # update, with the gradient's norm limited; it must be unscaled to be measured
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        max_norm = cfg.grad_clip if cfg.grad_clip > 0 else float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+
+        # One gradient that overflowed in fp16 makes the common norm infinite, and clipping by it
+        # spoils all others. Such a step is left out, and the scaler's factor becomes smaller.
+        overflow = dtype == "fp16" and not grad_norm.isfinite()
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            if not overflow:
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         seconds += time.time() - start
@@ -506,7 +534,7 @@ if __name__ == "__main__":
 
         # once in a while: save what a resume needs
         if (step + 1) % cfg.save_every == 0 and not last_step:
-            save_resume_point(out, step + 1, cfg, model, optimizers, scaler)
+            save_resume_point(out, step + 1, cfg, data, model, optimizers, scaler)
         if reached:
             break
     board.close()
@@ -530,7 +558,7 @@ if __name__ == "__main__":
         tokenizer=data.tok.state(),
         **model.to_checkpoint(),
     )
-    save_resume_point(out, steps_done, cfg, model, optimizers, scaler)
+    save_resume_point(out, steps_done, cfg, data, model, optimizers, scaler)
     save_metrics(
         out,
         val_loss=val.loss,

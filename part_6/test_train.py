@@ -231,7 +231,8 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
     muon, adamw = make_optimizers(model, Config(lr=0.5, lr_adamw=0.25, weight_decay=0.125))
     name_of = {id(p): name for name, p in model.named_parameters()}
     hidden = {name_of[id(p)] for p in muon.param_groups[0]["params"]}
-    others = {name_of[id(p)] for p in adamw.param_groups[0]["params"]}
+    tables, gains = adamw.param_groups
+    others = {name_of[id(p)] for p in tables["params"] + gains["params"]}
     assert hidden | others == set(name_of.values())
     assert not hidden & others
     assert {"wte.weight", "lm_head.weight", "ln_f.weight", "h.0.attn.q_norm.weight"} <= others
@@ -535,7 +536,8 @@ def replay(cfg, folder):
     norms = []
     for step in range(cfg.steps):
         for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * lr_scale(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * lr_scale(step, cfg)
         inputs, targets = get_batch(records, step, cfg)
         model.zero_grad()
         with autocast():
@@ -660,7 +662,7 @@ BAD_INPUT = {
     "one record": (["--data={0}/one.jsonl"], "has 1 record; at least 2 are needed"),
     "broken line": (["--data={0}/broken.jsonl"], "broken.jsonl line 5:"),
     "missing field": (["--data={0}/field.jsonl"], "line 7: field 'output' is missing"),
-    "no text": (["--data={0}/array.json"], "record 2: field 'input' is missing or not text"),
+    "no text": (["--data={0}/array.json"], "record 2: field 'input' must be a text, got null"),
     "nothing fits": (["--data={0}/long.jsonl"], "no record fits in 40 tokens"),
     "no checkpoint": (["--init=nowhere.pt"], "no checkpoint at nowhere.pt"),
     "truncated": (["--init={0}/half.pt"], "half.pt is truncated or not a checkpoint"),

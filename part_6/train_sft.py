@@ -68,7 +68,7 @@ class Config:
     batch_size: int = 32  # demonstrations per step
     lr: float = 0.01  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
     lr_adamw: float = 3e-3  # learning rate of AdamW, for everything else
-    weight_decay: float = 0.0  # of both optimizers
+    weight_decay: float = 0.0  # of all matrices
     warmup: float = 0.05  # share of the steps in which the learning rate rises to its peak
     decay: float = 0.5  # share of the steps, at the end, in which it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -258,16 +258,23 @@ def make_optimizers(model, cfg):
     a router are looked up or compared one by one, and gains are vectors: these are for AdamW.
     """
     hidden = []
-    others = []
+    tables = []
+    gains = []
     for name, p in model.named_parameters():
-        if name.startswith("h.") and p.ndim == 2 and "router" not in name:
+        if p.ndim < 2:
+            gains.append(p)
+        elif name.startswith("h.") and "router" not in name:
             hidden.append(p)
         else:
-            others.append(p)
+            tables.append(p)
+
+    # Weight decay is for matrices. A gain is best near 1, so pulling it to 0 makes no sense.
     muon = Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    adamw = torch.optim.AdamW(
-        others, lr=cfg.lr_adamw, betas=(0.9, 0.95), weight_decay=cfg.weight_decay
-    )
+    groups = [
+        {"params": tables, "weight_decay": cfg.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr_adamw, betas=(0.9, 0.95))
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -262,7 +262,8 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
     muon, adamw = make_optimizers(model, Config(lr=0.5, lr_adamw=0.25, weight_decay=0.125))
     name_of = {id(p): name for name, p in model.named_parameters()}
     hidden = {name_of[id(p)] for p in muon.param_groups[0]["params"]}
-    others = {name_of[id(p)] for p in adamw.param_groups[0]["params"]}
+    tables, gains = adamw.param_groups
+    others = {name_of[id(p)] for p in tables["params"] + gains["params"]}
     assert hidden | others == set(name_of.values())
     assert not hidden & others
     assert {"score_head.weight", "match_head.weight", "wte.weight", "ln_f.weight"} <= others
@@ -270,7 +271,9 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
     assert muon.param_groups[0]["lr"] == 0.5
     assert adamw.param_groups[0]["lr"] == 0.25
     assert muon.param_groups[0]["weight_decay"] == 0.125
-    assert adamw.param_groups[0]["weight_decay"] == 0.125
+    assert tables["weight_decay"] == 0.125
+    assert gains["weight_decay"] == 0
+    assert all(p.ndim == 1 for p in gains["params"])
 
 
 def test_the_learning_rate_rises_holds_and_falls():
@@ -486,7 +489,8 @@ def replay(cfg, sft_path):
     norms = []
     for step in range(cfg.steps):
         for optimizer, peak in zip(optimizers, peaks):
-            optimizer.param_groups[0]["lr"] = peak * lr_scale(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * lr_scale(step, cfg)
         ids, starts, lengths = get_batch(pairs, step, cfg)
         half = len(ids) // 2
         chosen = model(ids[:half], starts[:half], lengths[:half])

@@ -85,6 +85,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
         p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens
         drop = before >= top_p
+        drop[:, 0] = False  # the likeliest token stays, even if p is 0
         drop = drop.scatter(-1, order, drop)  # from sorted order back to vocabulary order
         logits = logits.masked_fill(drop, float("-inf"))
 
@@ -214,7 +215,8 @@ class MLP(nn.Module):
 
 class MoE(nn.Module):
     """A mixture of experts: each token visits top_k of the E experts, and their outputs are added
-    with the router's probabilities as weights, renormalized to sum to 1 (as in Qwen3-MoE).
+    with the router's probabilities as weights, renormalized to sum to 1 if there are several (as
+    in Qwen3-MoE).
 
     A router left alone sends more and more tokens to the experts that it already prefers. The
     load-balancing loss (Fedus et al. 2021, eq. 4) works against that: E * sum_e f_e P_e, where f_e
@@ -233,11 +235,17 @@ class MoE(nn.Module):
         n_expert = len(self.experts)
         x = x.flatten(0, 1)  # (N, C), N = B * T tokens
 
-        # Route: the top_k likeliest experts of each token. The softmax is in fp32, because a
+        # Route: the top_k likeliest experts of each token. In fp32 also under autocast, because a
         # rounding error between two nearly equal experts would change which one computes.
-        p = self.router(x).float().softmax(dim=-1)  # (N, E)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.router.weight.float())  # (N, E)
+        p = logits.softmax(dim=-1)  # (N, E)
         weight, chosen = p.topk(self.top_k, dim=-1)  # (N, top_k)
-        weight = weight / weight.sum(dim=-1, keepdim=True)
+
+        # The weights of several experts sum to 1. A single expert keeps its probability as weight
+        # (Fedus et al. 2021, eq. 2), or else the text would not teach the router anything.
+        if self.top_k > 1:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
         weight = weight.type_as(x)
 
         # Each expert computes its own tokens, and its outputs are added at their places. An expert
@@ -363,14 +371,19 @@ class GPT(nn.Module):
         next token instead of the sampled one. So there is no padding mask anywhere.
 
         return_logp: also return the log-probability (nats) of each token when it was sampled, in a
-        tensor of the ids' shape that is NaN at all other places.
+        tensor of the ids' shape that is NaN at all other places. It is that of the whole vocabulary
+        at this temperature (at temperature 1 if greedy), so it excludes top_k and top_p.
         """
         B, T = idx.shape
         assert T <= self.cfg.block_size, (
             f"{T} tokens do not fit in block_size={self.cfg.block_size}"
         )
+        assert not return_logp or (top_k == 0 and top_p == 1.0), (
+            "return_logp needs top_k=0 and top_p=1: sampling must be from the whole vocabulary"
+        )
         if lengths is None:
             lengths = torch.full((B,), T, device=idx.device)
+        assert lengths.min() > 0, "a prompt is empty: the first token needs one before it"
         end = min(T + max_new_tokens, self.cfg.block_size)  # no row grows beyond this
         limits = (lengths + max_new_tokens).clamp(max=end)  # (B,), where each row must stop
         out = F.pad(idx, (0, end - T), value=max(stop, 0))  # (B, end)
