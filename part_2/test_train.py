@@ -210,7 +210,7 @@ def replay(cfg, data, gpt_cfg):
 RUNS = {
     "defaults": {},
     "other options": {"lr": 0.03, "seed": 5, "grad_clip": 0.05},
-    "no clipping": {"lr": 1e93, "grad_clip": 0.0},
+    "no clipping": {"lr": 0.03, "grad_clip": 1e9},
 }
 
 
