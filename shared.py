@@ -47,8 +47,8 @@ AT_LEAST_1 = """accum batch_size block_size draws epochs eval_bytes group held_o
 ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps rope_base scale score_clip seconds tau
     vf_clip"""
 AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_target lr lr_adamw
-    lr_value margin mlp_dim n_expert pairs policy_pairs seed shuffles sink target_loss temperature
-    threads vf_coef weight_decay window"""
+    lr_head lr_value margin mlp_dim n_expert pairs policy_pairs seed shuffles sink
+    target_loss temperature threads vf_coef weight_decay window"""
 UP_TO_1 = "decay gamma lam share small warmup wrong"
 
 # tiktoken's pattern matching gives up at a million blanks in a row.

@@ -80,15 +80,16 @@ ARMS = {
     "Bradley-Terry": Arm(),
     "margin": Arm({"loss": "margin"}),
     "centred": Arm({"center": 0.01}),
-    "last token": Arm({"head": "last"}),
-    "encoder": Arm({"bidirectional": True}),
+    "linear mean": Arm({"head": "mean"}),
+    "linear last": Arm({"head": "last"}),
+    "encoder": Arm({"head": "mean", "bidirectional": True}),
     "10 %": Arm(share=0.1),
     "30 %": Arm(share=0.3),
 }
 BASELINE = "Bradley-Terry"
 LOSSES = ["Bradley-Terry", "margin", "centred"]
 SIZES = ["10 %", "30 %", "Bradley-Terry"]
-READINGS = ["Bradley-Terry", "last token", "encoder"]
+HEADS = ["Bradley-Terry", "linear mean", "linear last", "encoder"]
 
 
 class Result(NamedTuple):
@@ -150,7 +151,7 @@ def compare(first, second, n):
 def draw_bars(ax, results, arms, key, labels=None):
     """A bar for the mean of each arm, with its value in the label."""
     means = [results[arm][key].mean() for arm in arms]
-    ax.bar(range(len(arms)), means, color=["C0", "C1", "C2"], alpha=0.8)
+    ax.bar(range(len(arms)), means, color=["C0", "C1", "C2", "C3"][: len(arms)], alpha=0.8)
     tick_labels = [f"{label}\n{mean:.2f}" for label, mean in zip(labels or arms, means)]
     ax.set_xticks(range(len(arms)), tick_labels, fontsize=8)
 
@@ -170,7 +171,7 @@ def draw(results, curves, pairs_of, n, title, path):
     """results[arm][key] are arrays with one number per seed, curves[arm] is a Calibration,
     pairs_of[arm] the number of pairs of a training, n that of the held-out pairs."""
     fig, axes = figure(title, rows=2, columns=3, height=7.5)
-    (losses, calibrations, sizes), (pairs, gaps, readings) = axes
+    (losses, calibrations, sizes), (pairs, gaps, heads) = axes
 
     # upper row: the three losses
     draw_accuracies(losses, results, LOSSES, n)
@@ -185,7 +186,7 @@ def draw(results, curves, pairs_of, n, title, path):
     draw_bars(sizes, results, LOSSES, "mean_size")
     sizes.set(ylabel="mean size of a reward")
 
-    # lower row: the number of pairs, the size of the gap, and where the score is read
+    # lower row: the number of pairs, the size of the gap, and the head
     x = [pairs_of[arm] for arm in SIZES]
     means = [results[arm]["accuracy"].mean() for arm in SIZES]
     halves = [half_interval(results[arm]["accuracy"], n) for arm in SIZES]
@@ -198,8 +199,9 @@ def draw(results, curves, pairs_of, n, title, path):
     gaps.set(xlabel="gap, in checks passed", ylabel="share of pairs in true order")
     gaps.set(xticks=gap_sizes, ylim=(0.5, 1))
 
-    draw_accuracies(readings, results, READINGS, n, labels=["mean", "last token", "encoder"])
-    readings.set_xlabel("where the score is read")
+    labels = ["implicit", "linear,\nmean", "linear,\nlast", "linear,\nencoder"]
+    draw_accuracies(heads, results, HEADS, n, labels)
+    heads.set_xlabel("head of the reward model")
     save_figure(fig, path)
 
 
@@ -218,7 +220,7 @@ if __name__ == "__main__":
     pairs = min(cfg.pairs, len(world))
     out = output_folder(cfg)
 
-    # seven trainings per seed, from the same pairs and the same start of the heads
+    # eight trainings per seed, from the same pairs
     steps_of = {arm: arm_config(arm, cfg, pairs, cfg.seed).steps for arm in ARMS}
     log = Log(out, cfg.seeds * sum(steps_of.values()), name="demo_losses")
     first_step = 0
@@ -262,7 +264,8 @@ if __name__ == "__main__":
         f"Centring: mean size of a reward {size['Bradley-Terry']:.1f} to {size['centred']:.1f}, "
         f"accuracy {effect['centred']}\n"
         f"Accuracy with {few} pairs instead of {many}: {effect['10 %']}\n"
-        f"Instead of the mean: last token {effect['last token']}; encoder {effect['encoder']}"
+        f"Linear layer instead of log-probability: {effect['linear mean']}, "
+        f"on the end token only: {effect['linear last']}"
     )
     print(title)
     draw(results, curves, pairs_of, n, title, out / "demo_losses.png")

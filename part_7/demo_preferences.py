@@ -176,7 +176,7 @@ if __name__ == "__main__":
     cfg = parse_args(Config)
     folder = require("data/stories")
     tau = json.loads(read_text(folder / "facts.json"))["tau"]
-    fields = ["prompt", "chosen", "rejected", "gap"]
+    fields = ["prompt", "chosen", "rejected"]
     train = read_jsonl(folder / "preferences.jsonl", fields)
     val = read_jsonl(folder / "preferences_val.jsonl", fields)
     if not 0 <= cfg.pair < len(val):

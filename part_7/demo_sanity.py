@@ -8,7 +8,8 @@ Length           People tend to prefer longer answers, and a reward model may le
                  (Singhal et al. 2023). How many labels does length alone predict?
 Shuffled labels  A model trained on random labels must learn nothing about held-out pairs. If it
                  does, the label leaks into the input, for example by the order in the batch.
-                 (It starts above chance: match_head begins as the SFT model's logit.)
+                 (It starts above chance: untrained, an implicit reward is the mean
+                 log-probability that the SFT model gives to the answer.)
 Calibration      Bradley-Terry claims that sigmoid(difference of rewards) is the probability of the
                  label. In this world the true probability is known.
 Padding          Empty places after an answer must not change its reward.
@@ -158,11 +159,13 @@ def shuffled(pairs, seed):
 @torch.no_grad()
 def answer_scores(model, pair, side, device):
     """The normalized score of each token of one answer, "chosen" or "rejected", end token included:
-    (T,). With head "mean" their mean is the reward."""
+    (T,). Their mean is the reward, unless the head is "last"."""
     prompt = pair["prompt_ids"]
     ids = torch.tensor([prompt + pair[f"{side}_ids"]], device=device)  # (1, T)
     lengths = torch.tensor([ids.size(1)], device=device)
-    scores = model.token_scores(ids, lengths)[0, len(prompt) :]
+    answer = torch.ones_like(ids, dtype=torch.bool)
+    answer[:, : len(prompt)] = False
+    scores = model.token_scores(ids, answer, lengths)[0, len(prompt) :]
     return ((scores - model.shift) * model.scale).cpu()
 
 
@@ -287,7 +290,7 @@ if __name__ == "__main__":
     for i, (name, pairs) in enumerate(training_data.items()):
         torch.manual_seed(cfg.seed)
         new_model = RewardModel.load(sft).to(device)
-        # Not trained yet, it scores a token by what the SFT model expected: see match_head.
+        # Not trained yet, it scores a token by how probable the SFT model finds it.
         accuracy["untrained"] = evaluate(new_model, val, device).accuracy
         train(new_model, pairs, rm_cfg, device, log, i * cfg.steps, name)
         accuracy[name] = evaluate(new_model, val, device).accuracy

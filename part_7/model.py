@@ -434,53 +434,60 @@ class GPT(nn.Module):
 
 
 class RewardModel(GPT):
-    """One number for an answer: how good is it? Each token of the answer gets a score. The reward
-    is the mean over the answer's tokens (head "mean"; an answer gains nothing by length alone), or
-    the score of the end token (head "last", as in InstructGPT).
+    """One number for an answer: how good is it? The trunk is the SFT model's. The head says what
+    the score of a token is, and how the scores of an answer become its reward:
 
-    A token's score has two parts. The first is the textbook's head: a linear layer on the hidden
-    state after the token. The second compares the token with what the model expected: the hidden
-    state before it, times the token's row of lm_head, channel by channel, then a linear layer. It
-    starts as the token's own logit. A small model needs it, because a wrong word shows only where
-    what was read is compared with what was expected (part_7/README.md has the numbers).
+    implicit  the log-probability of the token times BETA; the reward is the mean over the answer.
+              A language model is already a reward model: it gives good answers more probability
+              (Rafailov et al. 2023; without a reference model as here: Meng et al. 2024, eq. 4)
+    mean      a linear layer on the hidden state after the token; the reward is the mean
+    last      the same layer; the reward is the score of the end token (Ouyang et al. 2022)
+
+    A wrong word shows only where it is compared with the word that was to be expected. The implicit
+    reward begins with this comparison; a linear layer has to learn it from the pairs, for which a
+    small model has too few of them (part_7/README.md has the numbers).
 
     bidirectional=True makes it an encoder: every token sees the whole text instead of the past.
     """
 
-    SCALE = 10  # lets both heads change ten times as fast as the trunk, at one learning rate
+    BETA = 5.0  # Meng et al. 2024 use 2 to 10
 
-    def __init__(self, cfg, head="mean", bidirectional=False):
+    def __init__(self, cfg, head="implicit", bidirectional=False):
         super().__init__(cfg)
         self.head = head
         self.bidirectional = bidirectional
-        self.score_head = nn.Linear(cfg.n_embd, 1, bias=False)
-        self.match_head = nn.Linear(cfg.n_embd, 1, bias=False)
-        nn.init.normal_(self.score_head.weight, std=(cfg.n_embd + 1) ** -0.5)
-        # 0.1 * SCALE = 1: at the start the sum over the channels is the token's logit.
-        nn.init.constant_(self.match_head.weight, 0.1)
+        if head != "implicit":
+            self.score_head = nn.Linear(cfg.n_embd, 1, bias=False)
+            nn.init.normal_(self.score_head.weight, std=(cfg.n_embd + 1) ** -0.5)
 
         # Set after training: rewards have mean 0 and variance 1 on what the SFT policy writes.
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
-    def token_scores(self, idx, lengths):
-        """idx (B, T), padded on the right, with lengths (B,) -> each token's raw score (B, T)."""
+    def token_scores(self, idx, answer, lengths=None):
+        """idx (B, T), padded on the right -> the scores (B, T) of the tokens where `answer` (B, T)
+        is True, 0 elsewhere. Only a bidirectional model needs the lengths (B,)."""
         mask = None
         if self.bidirectional:  # every token sees all tokens that are not padding
             positions = torch.arange(idx.size(1), device=idx.device)
             mask = (positions < lengths[:, None])[:, None, None, :]  # (B, 1, 1, T)
         x = self.trunk(idx, mask=mask)  # (B, T, C)
 
-        before = F.pad(x, (0, 0, 1, 0))[:, :-1]  # (B, T, C): the state in which a token was chosen
-        rows = F.embedding(idx, self.lm_head.weight)  # (B, T, C): the token's row of the LM head
-        scores = self.score_head(x) + self.match_head(before * rows)  # (B, T, 1)
-        return self.SCALE * scores.squeeze(-1)
+        if self.head == "implicit":
+            before = F.pad(x, (0, 0, 1, 0))[:, :-1]  # (B, T, C): the state that chose each token
+            all_logp = self.lm_head(before[answer]).log_softmax(dim=-1)  # (N, V)
+            logp = all_logp.gather(1, idx[answer][:, None]).squeeze(1)  # (N,)
+            scores = self.BETA * logp
+        else:
+            scores = self.score_head(x[answer]).squeeze(1)  # (N,)
+        zeros = torch.zeros(idx.shape, device=idx.device, dtype=scores.dtype)
+        return zeros.masked_scatter(answer, scores)
 
     def forward(self, idx, starts, lengths):
         """The rewards (B,) of the answers idx[b, starts[b]:lengths[b]], end tokens included."""
-        scores = self.token_scores(idx, lengths)  # (B, T)
-        first = starts if self.head == "mean" else lengths - 1
+        first = lengths - 1 if self.head == "last" else starts
         positions = torch.arange(idx.size(1), device=idx.device)
         counts = (positions >= first[:, None]) & (positions < lengths[:, None])  # (B, T)
-        reward = (scores * counts).sum(dim=1) / counts.sum(dim=1)
+        scores = self.token_scores(idx, counts, lengths)  # (B, T)
+        reward = scores.sum(dim=1) / counts.sum(dim=1)
         return (reward - self.shift) * self.scale

@@ -104,12 +104,13 @@ def test_each_arm_is_a_setting_of_the_trainer():
     defaults = demo_losses.arm_config("Bradley-Terry", cfg, 400, 0)
     assert defaults.loss == "bt"
     assert defaults.center == 0
-    assert defaults.head == "mean"
+    assert defaults.head == "implicit"
+    assert demo_losses.arm_config("linear mean", cfg, 400, 0).head == "mean"
     assert defaults.bidirectional is False
     assert defaults.steps == 100
     assert demo_losses.arm_config("margin", cfg, 400, 0).loss == "margin"
     assert demo_losses.arm_config("centred", cfg, 400, 0).center == 0.01
-    assert demo_losses.arm_config("last token", cfg, 400, 0).head == "last"
+    assert demo_losses.arm_config("linear last", cfg, 400, 0).head == "last"
     assert demo_losses.arm_config("encoder", cfg, 400, 0).bidirectional is True
     assert demo_losses.arm_config("10 %", cfg, 400, 0).steps == 10
     assert demo_losses.arm_config("30 %", cfg, 400, 0).steps == 30
@@ -350,7 +351,7 @@ def test_demo_losses_runs(folder, tmp_path):
     metrics = run_demo("losses", folder, tmp_path, *DATA, "--pairs=40", "--seeds=2")
     assert metrics["pairs"] == 40
     assert metrics["held_out"] == 8
-    assert len(metrics["last_token_accuracy"]) == 2
+    assert len(metrics["linear_last_accuracy"]) == 2
     assert_is_picture(tmp_path / "demo_losses.png")
     lines = [json.loads(line) for line in (tmp_path / "demo_losses.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
@@ -366,7 +367,7 @@ def test_demo_sanity_runs(folder, tmp_path):
     # The probabilities are those of the rewards before they were normalized.
     records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     val = demo_sanity.encode_records(records[72:], TOK, 40)
-    model = RewardModel.load(load_checkpoint(folder / "rm.pt", "rm"))
+    model = RewardModel.load(load_checkpoint(folder / "rm.pt", "rm"), head="mean")
     model.scale.fill_(1)
     gap = evaluate(model, val, "cpu").gap
     true_gap = torch.tensor([float(pair["gap"]) for pair in val])

@@ -23,7 +23,7 @@ from train_rm import collate, preference_loss, rewards
 
 END = 12
 CONFIG = GPTConfig(vocab_size=13, block_size=24, n_layer=2, n_head=4, n_embd=16, mlp_dim=12)
-KINDS = [("mean", False), ("last", False), ("mean", True), ("last", True)]
+KINDS = [("implicit", False), ("mean", False), ("last", False), ("mean", True), ("last", True)]
 
 
 def randomised(model, seed=0):
@@ -37,7 +37,7 @@ def randomised(model, seed=0):
     return model
 
 
-def make_model(head="mean", bidirectional=False):
+def make_model(head="implicit", bidirectional=False):
     return randomised(RewardModel(CONFIG, head, bidirectional))
 
 
@@ -115,12 +115,15 @@ def reference_scores(model, ids, causal):
         gate = F.silu(y @ block["mlp.c_gate"].T)
         x = x + gate * (y @ block["mlp.c_fc"].T) @ block["mlp.c_proj"].T
 
-    # The two heads: the state after the token, and the state before it times the token's row.
+    # The heads: a linear layer on the state after the token, or the log-probability of the token
+    # in the state before it.
     x = reference_norm(x, weights["ln_f.weight"])
+    if model.head != "implicit":
+        return x @ weights["score_head.weight"][0]
     before = torch.cat([torch.zeros(1, CONFIG.n_embd), x[:-1]])
-    score = x @ weights["score_head.weight"][0]
-    match = (before * weights["lm_head.weight"][ids]) @ weights["match_head.weight"][0]
-    return RewardModel.SCALE * (score + match)
+    logits = before @ weights["lm_head.weight"].T  # (T, V)
+    chosen = logits[torch.arange(T), ids]
+    return RewardModel.BETA * (chosen - logits.exp().sum(dim=-1).log())
 
 
 # the trunk ----------------------------------------------------------------------------------------
@@ -169,7 +172,8 @@ def test_loading_an_sft_model_adds_only_the_heads():
 
     state = model.state_dict()
     new = set(state) - set(sft["weights"])
-    assert new == {"score_head.weight", "match_head.weight", "shift", "scale"}
+    assert new == {"score_head.weight", "shift", "scale"}
+    assert set(RewardModel.load(sft).state_dict()) - set(sft["weights"]) == {"shift", "scale"}
     for name, tensor in sft["weights"].items():
         assert torch.equal(state[name], tensor), f"{name} must be the SFT model's"
 
@@ -216,7 +220,7 @@ def test_rewards_against_the_reference(head, bidirectional):
             ids = pair["prompt_ids"] + pair[side]
             scores = reference_scores(model, ids, causal=not bidirectional)
             answer_scores = scores[len(pair["prompt_ids"]) :]
-            raw = answer_scores.mean() if head == "mean" else answer_scores[-1]
+            raw = answer_scores[-1] if head == "last" else answer_scores.mean()
             expected.append((raw - 0.5) * 2)
         assert_near(actual, torch.stack(expected).float())
 
@@ -242,82 +246,75 @@ def test_padding_changes_nothing(head, bidirectional):
     assert_near(torch.cat(alone), expected)
 
 
-@pytest.mark.parametrize("head, expected", [("mean", [4.0, 4.0]), ("last", [5.0, 7.0])])
+@pytest.mark.parametrize(
+    "head, expected",
+    [("implicit", [4.0, 4.0]), ("mean", [4.0, 4.0]), ("last", [5.0, 7.0])],
+)
 def test_which_token_scores_count(head, expected):
     """The score of position t is t. The answers are 3, 4, 5 and 1, ..., 7."""
     model = make_model(head)
-    model.token_scores = lambda idx, lengths: torch.arange(8.0).expand(2, 8)
+    model.token_scores = lambda idx, answer, lengths: torch.arange(8.0) * answer
     ids = torch.zeros(2, 8, dtype=torch.long)
     reward = model(ids, torch.tensor([3, 1]), torch.tensor([6, 8]))
     assert reward.tolist() == expected
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_what_a_token_sees(bidirectional):
+@pytest.mark.parametrize("head, bidirectional", KINDS)
+def test_what_a_token_sees(head, bidirectional):
     """A changed token moves its own score and all later ones, in an encoder every score. What
     stands in the padding moves nothing."""
-    model = make_model(bidirectional=bidirectional)
+    model = make_model(head, bidirectional)
     lengths = torch.tensor([10])
     ids = torch.randint(END, (1, 12), generator=torch.Generator().manual_seed(1))
-    before = model.token_scores(ids, lengths)[0, :10]
+    answer = torch.ones_like(ids, dtype=torch.bool)
+    before = model.token_scores(ids, answer, lengths)[0, :10]
     for t in range(12):
         changed = ids.clone()
         changed[0, t] = (ids[0, t] + 1) % END
-        after = model.token_scores(changed, lengths)[0, :10]
+        after = model.token_scores(changed, answer, lengths)[0, :10]
         moved = (after - before).abs() > 1e-6 * before.abs().max()
 
         expected = torch.arange(10) >= t
         if bidirectional:
             expected = torch.full((10,), t < 10)
+        if head == "implicit" and t == 0:
+            expected[0] = False  # nothing stands before it, so every token is equally likely
         assert torch.equal(moved, expected), f"position {t}"
 
 
-# the two heads ------------------------------------------------------------------------------------
+# the heads ----------------------------------------------------------------------------------------
 
 
-def test_score_head_is_a_linear_layer_on_the_state_after_the_token():
-    """Without match_head this is the textbook's reward model."""
-    model = make_model()
-    torch.nn.init.zeros_(model.match_head.weight)
-    ids, _, lengths = collate(make_pairs())
-    expected = RewardModel.SCALE * model.trunk(ids) @ model.score_head.weight[0]
-    assert_near(model.token_scores(ids, lengths), expected)
+@pytest.mark.parametrize("head", ["mean", "last"])
+def test_score_head_is_a_linear_layer_on_the_state_after_the_token(head):
+    model = make_model(head)
+    ids, starts, lengths = collate(make_pairs())
+    answer = torch.arange(ids.size(1)) >= starts[:, None]
+    expected = model.trunk(ids) @ model.score_head.weight[0]
+    assert_near(model.token_scores(ids, answer), expected * answer)
 
 
-def test_match_head_starts_as_the_logit_of_the_token_that_came():
-    """Before the first token nothing was expected, so its score is 0."""
-    torch.manual_seed(0)
-    model = RewardModel.load(randomised(GPT(CONFIG)).to_checkpoint())
-    torch.nn.init.zeros_(model.score_head.weight)
-    ids, _, lengths = collate(make_pairs())
-    logits, _ = GPT.forward(model, ids)
-    came = logits[:, :-1].gather(2, ids[:, 1:, None]).squeeze(-1)
-    expected = F.pad(came, (1, 0))
-    assert_near(model.token_scores(ids, lengths), expected)
-
-
-def test_match_head_weighs_each_channel_of_state_times_row():
-    """With weight 1 in one channel and 0 elsewhere, the score is the product in that channel."""
-    model = make_model()
-    torch.nn.init.zeros_(model.score_head.weight)
-    torch.nn.init.zeros_(model.match_head.weight)
-    model.match_head.weight.data[0, 5] = 1
-    ids = torch.tensor([[3, 8, 4]])
-    states = model.trunk(ids)[0]
-    scores = model.token_scores(ids, torch.tensor([3]))[0]
-    for t in (1, 2):
-        expected = RewardModel.SCALE * states[t - 1, 5] * model.lm_head.weight[ids[0, t], 5]
-        assert_near(scores[t], expected)
+def test_an_implicit_reward_starts_as_the_sft_models_mean_log_probability():
+    """SimPO's reward, beta / |y| log p(y | x), by the SFT model's own loss on the answer alone."""
+    sft = randomised(GPT(CONFIG))
+    model = RewardModel.load(sft.to_checkpoint())
+    ids, starts, lengths = collate(make_pairs())
+    reward = model(ids, starts, lengths)
+    for b in range(len(ids)):
+        row = ids[b : b + 1, : lengths[b]]
+        targets = row[:, 1:].clone()
+        targets[:, : starts[b] - 1] = -100
+        _, loss = sft(row[:, :-1], targets)
+        assert_near(reward[b], -RewardModel.BETA * loss)
 
 
 def test_score_head_starts_at_the_published_size():
     """N(0, 1 / (C + 1)). With 1,024 channels the standard deviation is known within 7 %."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=2, n_layer=1, n_head=1, n_kv_head=1, head_dim=2, mlp_dim=1)
-    model = RewardModel(GPTConfig(n_embd=1024, **sizes))
+    model = RewardModel(GPTConfig(n_embd=1024, **sizes), head="mean")
     assert model.score_head.weight.std().item() == pytest.approx(1025**-0.5, rel=0.07)
     assert model.score_head.bias is None
-    assert model.match_head.bias is None
 
 
 @pytest.mark.parametrize("head, bidirectional", KINDS)
@@ -328,6 +325,8 @@ def test_every_parameter_gets_a_gradient(head, bidirectional):
     chosen, rejected = model(ids, starts, lengths).chunk(2)
     preference_loss(chosen, rejected, center=0.01).backward()
     for name, p in model.named_parameters():
+        if name == "lm_head.weight" and head != "implicit":
+            continue  # only an implicit reward reads it
         assert p.grad.isfinite().all(), name
         assert p.grad.abs().sum() > 0, name
 
@@ -336,6 +335,8 @@ def test_every_parameter_gets_a_gradient(head, bidirectional):
     was_read = torch.zeros(13, dtype=torch.bool)
     was_read[ids[is_text]] = True
     assert not was_read[0]
+    if head == "implicit":
+        was_read[END] = False  # what would come after the end token is nobody's question
     assert torch.equal(model.wte.weight.grad.abs().sum(dim=1) > 0, was_read)
 
 

@@ -258,15 +258,18 @@ def test_sampled_pairs_follow_the_noisy_judge(monkeypatch):
 
 
 def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
-    model = RewardModel(CONFIG)
-    muon, adamw = make_optimizers(model, Config(lr=0.5, lr_adamw=0.25, weight_decay=0.125))
+    model = RewardModel(CONFIG, head="mean")
+    cfg = Config(lr=0.5, lr_adamw=0.25, lr_head=0.75, weight_decay=0.125)
+    muon, adamw = make_optimizers(model, cfg)
     name_of = {id(p): name for name, p in model.named_parameters()}
     hidden = {name_of[id(p)] for p in muon.param_groups[0]["params"]}
-    tables, gains = adamw.param_groups
-    others = {name_of[id(p)] for p in tables["params"] + gains["params"]}
+    tables, gains, head = adamw.param_groups
+    others = {name_of[id(p)] for p in tables["params"] + gains["params"] + head["params"]}
+    assert [name_of[id(p)] for p in head["params"]] == ["score_head.weight"]
+    assert head["lr"] == head["peak_lr"] == 0.75
     assert hidden | others == set(name_of.values())
     assert not hidden & others
-    assert {"score_head.weight", "match_head.weight", "wte.weight", "ln_f.weight"} <= others
+    assert {"score_head.weight", "lm_head.weight", "wte.weight", "ln_f.weight"} <= others
     assert {"h.0.attn.c_q.weight", "h.1.mlp.c_proj.weight"} <= hidden
     assert muon.param_groups[0]["lr"] == 0.5
     assert adamw.param_groups[0]["lr"] == 0.25
@@ -484,13 +487,12 @@ def replay(cfg, sft_path):
     sft = load_checkpoint(sft_path, "sft")
     model = RewardModel.load(sft, head=cfg.head, bidirectional=cfg.bidirectional)
     optimizers = make_optimizers(model, cfg)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     losses = []
     norms = []
     for step in range(cfg.steps):
-        for optimizer, peak in zip(optimizers, peaks):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * lr_scale(step, cfg)
+                group["lr"] = group["peak_lr"] * lr_scale(step, cfg)
         ids, starts, lengths = get_batch(pairs, step, cfg)
         half = len(ids) // 2
         chosen = model(ids[:half], starts[:half], lengths[:half])
@@ -537,7 +539,7 @@ def test_a_run(folder, run, tmp_path, more):
     # The checkpoint holds the model that was measured, and its rewards are normalized.
     checkpoint = load_checkpoint(out / "rm.pt", "rm")
     model = RewardModel.load(checkpoint, **checkpoint["head"])
-    expected_kind = ("last", True) if more else ("mean", False)
+    expected_kind = ("last", True) if more else ("implicit", False)
     assert (model.head, model.bidirectional) == expected_kind
     train, val = load_data(cfg)
     tok = Tokenizer.load(checkpoint["tokenizer"])
@@ -636,7 +638,8 @@ BAD_INPUT = {
     "unknown option": (["--stepz=3"], "no option --stepz, did you mean --steps?"),
     "wrong type": (["--steps=three"], "--steps wants an int, got 'three'"),
     "no steps": (["--steps=0"], "steps=0 must be at least 1"),
-    "unknown head": (["--head=first"], "head=first must be mean or last"),
+    "unknown head": (["--head=first"], "head=first must be implicit, mean or last"),
+    "implicit encoder": (["--bidirectional"], "bidirectional needs --head=mean or last"),
     "unknown loss": (["--loss=dpo"], "loss=dpo must be bt or margin"),
     "no file": (["--data=nowhere.jsonl"], "there is no file nowhere.jsonl"),
     "empty file": (["--data={0}/empty.jsonl"], "empty.jsonl is empty"),

@@ -3,8 +3,9 @@ Part 7: a reward model. From pairs of answers, one of which a judge preferred, t
 answer.
 
     python part_7/train_rm.py                      the world's pairs and the policy's -> out/rm.pt
-    python part_7/train_rm.py --head=last          score the end token, not the mean of all tokens
-    python part_7/train_rm.py --bidirectional      an encoder: every token sees the whole answer
+    python part_7/train_rm.py --head=last          a linear layer on the end token, as InstructGPT
+    python part_7/train_rm.py --head=mean --bidirectional
+                                                   an encoder: every token sees the whole answer
     python part_7/train_rm.py --loss=margin        a hinge loss instead of Bradley-Terry
     python part_7/train_rm.py --data=my.jsonl      your own pairs, with TRL's fields prompt, chosen
                                                    and rejected
@@ -66,8 +67,11 @@ class Config:
     init: str = ""  # checkpoint of the SFT model; empty: part_6/out/sft.pt
     policy_pairs: int = 1280  # pairs that the SFT policy writes for the noisy judge; 0: none
     # reward model
-    head: str = "mean"  # mean of the answer's token scores, or last: the score of the end token
-    bidirectional: bool = False  # an encoder: every token sees the whole text
+    # implicit (the mean log-probability of the answer's tokens), mean (of a linear layer on each of
+    # its tokens) or last (the same layer on the end token)
+    head: str = "implicit"
+
+    bidirectional: bool = False  # an encoder: every token sees the whole text; for mean and last
     loss: str = "bt"  # bt (Bradley-Terry) or margin (hinge)
     margin: float = 1.0  # difference of rewards at which the hinge loss becomes zero
 
@@ -79,6 +83,7 @@ class Config:
     batch_size: int = 24  # pairs per step
     lr: float = 0.003  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
     lr_adamw: float = 1e-3  # learning rate of AdamW, for everything else
+    lr_head: float = 0.01  # the same for the linear layer of the head, which starts from nothing
     weight_decay: float = 0.0  # of all matrices
     warmup: float = 0.05  # share of the steps in which the learning rate rises to its peak
     decay: float = 0.4  # share of the steps, at the end, in which it falls linearly to 0
@@ -95,7 +100,12 @@ class Config:
         for name in ("steps", "batch_size", "eval_every", "max_new_tokens"):
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
         assert self.dtype in ("", "fp32", "bf16"), f"dtype={self.dtype} must be fp32 or bf16"
-        assert self.head in ("mean", "last"), f"head={self.head} must be mean or last"
+        assert self.head in ("implicit", "mean", "last"), (
+            f"head={self.head} must be implicit, mean or last"
+        )
+        assert not (self.bidirectional and self.head == "implicit"), (
+            "bidirectional needs --head=mean or last: who sees a token need not predict it"
+        )
         assert self.loss in ("bt", "margin"), f"loss={self.loss} must be bt or margin"
 
 
@@ -340,9 +350,12 @@ def make_optimizers(model, cfg):
     hidden = []
     tables = []
     gains = []
+    head = []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             gains.append(p)
+        elif name.startswith("score_head."):
+            head.append(p)
         elif name.startswith("h.") and "router" not in name:
             hidden.append(p)
         else:
@@ -353,6 +366,7 @@ def make_optimizers(model, cfg):
     groups = [
         {"params": tables, "weight_decay": cfg.weight_decay},
         {"params": gains, "weight_decay": 0.0},
+        {"params": head, "weight_decay": cfg.weight_decay, "lr": cfg.lr_head},
     ]
     adamw = torch.optim.AdamW(groups, lr=cfg.lr_adamw, betas=(0.9, 0.95))
     for optimizer in (muon, adamw):

@@ -276,6 +276,7 @@ if __name__ == "__main__":
                 steps=cfg.steps,
                 batch_size=cfg.batch_size,
                 kl_horizon=cfg.kl_horizon,
+                critic="head",
                 seed=seed,
                 **variant.options,
             )

@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
         save_checkpoint(
             folder / f"{kind}.pt", kind=kind, tokenizer=tokenizer, **model.to_checkpoint()
         )
-    rm = randomised(RewardModel(cfg), seed=2)
+    rm = randomised(RewardModel(cfg, "mean"), seed=2)
     head = {"head": "mean", "bidirectional": False}
     save_checkpoint(
         folder / "rm.pt", kind="rm", tokenizer=tokenizer, head=head, **rm.to_checkpoint()
@@ -304,7 +304,8 @@ def test_bad_options_are_refused(demo, option, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(demo.Config, argv=[option])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {option.removeprefix('--')} must ")
+    message = capsys.readouterr().err.removeprefix("error: ").removeprefix("--")
+    assert message.startswith(f"{option.removeprefix('--')} must ")
 
 
 # demo_rollout.py ----------------------------------------------------------------------------------
@@ -386,6 +387,7 @@ def test_the_variant_with_all_details_is_train_ppo(
 ):
     """The demo's loop gives the weights that train_ppo.py gives, to the last bit."""
     sizes = {"steps": 3, "batch_size": 8, "max_new_tokens": 12, "kl_horizon": 50.0, "seed": 3}
+    sizes["critic"] = "head"
     data = tmp_path / "data.jsonl"
     records = [{"instruction": record["instruction"], "input": ""} for record in val * 2]
     data.write_text("\n".join(json.dumps(record) for record in records))
@@ -413,6 +415,7 @@ def test_each_variant_changes_the_result(sft, reference, rm, val):
             kl_horizon=50.0,
             lr=5e-3,
             lr_value=0.2,
+            critic="head",
             **variant.options,
         )
         policy, _ = demo_details.train(variant, sft, reference, rm, TOK, val, cfg, "cpu")

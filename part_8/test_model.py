@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 import torch
 
-from model import GPT, ActorCritic, GPTConfig
+from model import GPT, ActorCritic, GPTConfig, RewardModel
 from shared import ROOT
 
 END = 12
@@ -129,3 +129,66 @@ def test_every_parameter_gets_a_gradient(seed):
     for name, p in policy.named_parameters():
         assert p.grad.isfinite().all(), name
         assert p.grad.abs().sum() > 0, name
+
+
+# the critic that starts as the reward model -------------------------------------------------------
+
+
+def make_pair_of_models(head):
+    policy = randomised(ActorCritic(CONFIG, RewardModel(CONFIG, head), answer_length=5.0))
+    policy.critic.shift.fill_(-0.5)
+    policy.critic.scale.fill_(2.0)
+    return policy
+
+
+HEADS = ["implicit", "mean", "last"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_critic_of_its_own_leaves_the_policy_alone(head):
+    policy = make_pair_of_models(head)
+    assert not hasattr(policy, "v_head")
+    ids = random_ids(2, 8)
+    logits, values = policy.act(ids, everywhere(ids))
+    assert_near(logits.view(2, 8, 13), policy(ids)[0])
+    values.sum().backward()
+    for name, p in policy.named_parameters():
+        if not name.startswith("critic."):
+            assert p.grad is None, f"the value loss must not move the policy: {name}"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_first_guess_is_the_reward_of_what_has_been_read(head):
+    """An answer of as many tokens as answer_length has, at its end, the reward that the reward
+    model gives it. Before its first token it has the mean reward, 0."""
+    policy = make_pair_of_models(head)
+    ids = random_ids(2, 9)
+    starts = torch.tensor([3, 4])
+    lengths = torch.tensor([8, 9])  # five tokens each
+    position = torch.arange(9)
+    mask = (position >= starts[:, None] - 1) & (position < lengths[:, None] - 1)
+    _, values = policy.act(ids, mask)
+    reward = policy.critic(ids, starts, lengths)
+    assert_near(values[[0, 1], lengths - 1], reward)
+    assert torch.equal(values[[0, 1], starts - 1], torch.zeros(2))
+
+    # half way the tokens to come count as average ones
+    if head != "last":
+        half = policy.critic(ids, starts, starts + 2) * 2 / 5
+        assert_near(values[[0, 1], starts + 1], half)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_critic_of_its_own_knows_nothing_of_what_comes(head):
+    policy = make_pair_of_models(head)
+    ids = random_ids(1, 10)
+    mask = torch.arange(10)[None] >= 2
+    _, values = policy.act(ids, mask)
+    for t in range(10):
+        changed = ids.clone()
+        changed[0, t] = (ids[0, t] + 1) % END
+        _, new_values = policy.act(changed, mask)
+        moved = (new_values - values)[0].abs() > 1e-6 * values.abs().max()
+        assert not moved[:t].any(), f"a change at {t} moved an earlier value"
+        if t >= 3:
+            assert moved[t], f"position {t}"

@@ -72,6 +72,10 @@ class Config:
     kl_target: float = 3.0  # KL in nats per answer above which beta grows; 0: beta stays fixed
     kl_horizon: float = 4000.0  # answers in which beta grows or shrinks by at most 20 %
     # advantage
+    # the critic: head (a linear layer on the policy's trunk) or rm (a trunk of its own, which
+    # starts as the reward model)
+    critic: str = "rm"
+
     gamma: float = 1.0  # discount of a later reward
     lam: float = 1.0  # lambda of GAE; smaller values rely more on the critic
     # update
@@ -99,6 +103,7 @@ class Config:
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
         for name in ("epochs", "minibatches"):
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        assert self.critic in ("head", "rm"), f"critic={self.critic} must be head or rm"
         assert self.batch_size % self.minibatches == 0, (
             f"batch_size={self.batch_size} must be divisible by minibatches={self.minibatches}"
         )
@@ -264,11 +269,11 @@ def next_kl_coef(coef, kl, target, n, horizon):
 
 
 def make_optimizer(policy, cfg):
-    """AdamW, with a learning rate of its own for the value head."""
+    """AdamW, with a learning rate of its own for the critic."""
     policy_params = []
     value_params = []
     for name, p in policy.named_parameters():
-        if name.startswith("v_head."):
+        if name.startswith(("v_head.", "critic.")):
             value_params.append(p)
         else:
             policy_params.append(p)
@@ -408,7 +413,8 @@ def learn(policy, optimizer, batch, advantages, values, returns, cfg, generator)
 
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], cfg.grad_clip)
             optimizer.step()
 
             losses.append(policy_part.item())
@@ -510,22 +516,31 @@ if __name__ == "__main__":
         fail("the reward model has another tokenizer: train --rm from the checkpoint of --init")
     if scorer["gpt_config"]["block_size"] < sft["gpt_config"]["block_size"]:
         fail("the reward model has a shorter context: train --rm from the checkpoint of --init")
-    policy = ActorCritic.load(sft).to(device)
     reference = GPT.load(sft).to(device).requires_grad_(False)
     rm = RewardModel.load(scorer, **scorer["head"]).to(device).requires_grad_(False)
+    if cfg.critic == "rm" and scorer["head"]["bidirectional"]:
+        fail("--critic=rm needs a reward model that reads from left to right, not an encoder")
     tok = Tokenizer.load(sft["tokenizer"])
     out = output_folder(cfg)
 
     # prompts, in a random order
-    train = encode_records(train, tok, policy.cfg.block_size, cfg.max_new_tokens)
-    val = encode_records(val, tok, policy.cfg.block_size, cfg.max_new_tokens)[: cfg.prompts]
+    train = encode_records(train, tok, reference.cfg.block_size, cfg.max_new_tokens)
+    val = encode_records(val, tok, reference.cfg.block_size, cfg.max_new_tokens)[: cfg.prompts]
     generator = torch.Generator().manual_seed(cfg.seed)
     train = [train[i] for i in torch.randperm(len(train), generator=generator)]
-    before = evaluate(policy, reference, rm, tok, val, cfg, device)
+    before = evaluate(reference, reference, rm, tok, val, cfg, device)
     print(
         f"{len(train):,} prompts, {len(val):,} held out; "
         f"SFT has gold {before.gold:.3f} and reward {before.reward:.3f}"
     )
+
+    # policy and critic: a value head on the policy's trunk, or a copy of the reward model
+    critic = None
+    answer_length = 1.0
+    if cfg.critic == "rm":
+        critic = RewardModel.load(scorer, **scorer["head"])
+        answer_length = sum(len(answer.ids) + 1 for answer in before.answers) / len(val)
+    policy = ActorCritic.load(sft, critic=critic, answer_length=answer_length).to(device)
     optimizer = make_optimizer(policy, cfg)
 
     # training loop

@@ -146,7 +146,7 @@ def test_a_reward_is_the_mean_over_the_answer():
     lengths = torch.tensor([6, 9])
     reward = rm(ids, starts, lengths)
 
-    scores = rm.token_scores(ids, lengths)  # (B, T)
+    scores = rm.token_scores(ids, torch.ones_like(ids, dtype=torch.bool))  # (B, T)
     expected = torch.stack([scores[0, 2:6].mean(), scores[1, 3:9].mean()])
     assert_near(reward, expected)
 
