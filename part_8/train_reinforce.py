@@ -365,7 +365,10 @@ if __name__ == "__main__":
     # data first: a broken file must not wait for models to be built
     train, val = load_data(cfg)
 
-    # models
+    # models; the user's own files are opened before anything is built
+    for path, kind in ((cfg.init, "sft"), (cfg.rm, "rm")):
+        if path:
+            load_checkpoint(path, kind)
     sft = load_checkpoint(cfg.init or require("part_6/out/sft.pt"), "sft")
     scorer = load_checkpoint(cfg.rm or require("part_7/out/rm.pt"), "rm")
     if scorer["tokenizer"] != sft["tokenizer"]:

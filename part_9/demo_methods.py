@@ -226,7 +226,7 @@ if __name__ == "__main__":
     tok = Tokenizer.load(sft["tokenizer"])
     reference = GPT.load(sft).to(device).requires_grad_(False)
     run = train_grpo.Config(reward="model", rm=str(rm))
-    reward_of = train_grpo.load_reward(run, tok, device)
+    reward_of = train_grpo.load_reward(run, tok, reference.cfg.block_size, device)
     out = output_folder(cfg)
 
     # Prompts that ask for stories. The scripts read those for training from a file.

@@ -994,7 +994,7 @@ def test_a_constant_reward_teaches_nothing(folder, run, tmp_path):
 def test_the_reward_models_score_is_clipped_and_punishes_a_missing_end(folder):
     tok = byte_tokenizer()
     cfg = Config(reward="model", rm=f"{folder}/rm.pt")
-    reward_of = train_grpo.load_reward(cfg, tok, torch.device("cpu"))
+    reward_of = train_grpo.load_reward(cfg, tok, 64, torch.device("cpu"))
     records = [{"prompt_ids": [259, 97 + i, 260]} for i in range(16)]
     sft = GPT.load(load_checkpoint(folder / "sft.pt", "sft"))
     torch.manual_seed(0)
@@ -1237,7 +1237,8 @@ BAD_INPUT = {
     "reward raises": (["--reward={0}/my.py:raises"], "KeyError: 'nothing' ({0}/my.py line "),
     "reward is nan": (["--reward={0}/my.py:nan"], "must return a finite number, but it returned"),
     "reward is text": (["--reward={0}/my.py:text"], "a finite number, but it returned '0.5'"),
-    "nan": (["--kl_coef=inf"], "at step 0: lower --lr"),
+    "infinite": (["--kl_coef=inf"], "--kl_coef wants a finite number"),
+    "diverged": (["--lr=1e30"], "at step 1: lower --lr"),
 }
 
 
@@ -1257,7 +1258,7 @@ def test_bad_input_of_dpo_ends_in_one_line(folder, run, tmp_path):
     cases = {
         f"--data={folder}/data.jsonl": "data.jsonl line 1: field 'prompt' is missing",
         f"--data={folder}/broken_pairs.jsonl": "broken_pairs.jsonl line 7:",
-        "--beta=0": "beta=0.0 must be positive",
+        "--beta=0": "--beta=0.0 must be above 0",
         "--prompts=0": "prompts=0 must be at least 1",
     }
     for option, expected in cases.items():

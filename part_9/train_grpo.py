@@ -351,7 +351,7 @@ def load_function(reward):
     return function
 
 
-def load_reward(cfg, tok, device):
+def load_reward(cfg, tok, block_size, device):
     """The reward that cfg.reward names -> a function (records, batch, answers) -> rewards (B,)."""
     if cfg.reward == "judge":
 
@@ -364,6 +364,8 @@ def load_reward(cfg, tok, device):
         scorer = load_checkpoint(cfg.rm or require("part_7/out/rm.pt"), "rm")
         if scorer["tokenizer"] != tok.state():
             fail("the reward model has another tokenizer: train --rm from the checkpoint of --init")
+        if scorer["gpt_config"]["block_size"] < block_size:
+            fail("the reward model has a shorter context: train --rm from the checkpoint of --init")
         rm = RewardModel.load(scorer, **scorer["head"]).to(device).requires_grad_(False)
 
         def model_reward(records, batch, answers):
@@ -537,12 +539,15 @@ if __name__ == "__main__":
             "use --reward=FILE.py:FUNCTION or --reward=model"
         )
 
-    # models and reward
+    # models and reward; the user's own files are opened before anything is built
+    for path, kind in ((cfg.init, "sft"), (cfg.rm, "rm")):
+        if path:
+            load_checkpoint(path, kind)
     sft = load_checkpoint(cfg.init or require("part_6/out/sft.pt"), "sft")
     policy = GPT.load(sft).to(device)
     reference = GPT.load(sft).to(device).requires_grad_(False)
     tok = Tokenizer.load(sft["tokenizer"])
-    reward_of = load_reward(cfg, tok, device)
+    reward_of = load_reward(cfg, tok, policy.cfg.block_size, device)
     out = output_folder(cfg)
 
     # prompts, in a random order
