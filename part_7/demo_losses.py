@@ -14,7 +14,7 @@ Pairs     10 %, 30 % and all of the pairs, each seen once. So fewer pairs are al
 Reading   The mean of the answer's token scores, the score of the end token alone, or the mean in an
           encoder, in which each token sees the whole text.
 
-Each training sees 2,560 pairs of the world once. train_rm.py makes 12,000 visits, and adds pairs
+Each training sees 2,560 pairs of the world once. train_rm.py makes 7,200 visits, and adds pairs
 that the policy writes.
 """
 

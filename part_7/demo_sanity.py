@@ -17,7 +17,7 @@ Token by token   The reward is the mean of the token scores, so one can see wher
                  model is causal: a token is judged by itself and by what stands before it.
 
 The two trainings, with shuffled and with right labels, are short: 48 steps of 16 pairs instead of
-train_rm.py's 500 steps of 24.
+train_rm.py's 300 steps of 24.
 """
 
 import sys

@@ -79,7 +79,7 @@ class Config:
     center: float = 0.01
 
     # optimization
-    steps: int = 500  # optimizer steps
+    steps: int = 300  # optimizer steps
     batch_size: int = 24  # pairs per step
     lr: float = 0.003  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
     lr_adamw: float = 1e-3  # learning rate of AdamW, for everything else

@@ -62,7 +62,7 @@ class Config:
 CRITICS = {
     "none": {"critic": "head", "vf_coef": 0.0},
     "head": {"critic": "head"},
-    "rm": {"critic": "rm"},
+    "rm": {"critic": "rm", "lr_value": 1e-3},
 }
 LABELS = {"none": "no critic", "head": "head on the policy's trunk", "rm": "from the reward model"}
 

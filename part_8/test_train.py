@@ -947,13 +947,13 @@ def test_the_advantages_of_reinforce(folder, run, tmp_path):
 
 
 def test_a_critic_of_zeros_explains_nothing(folder, run, tmp_path):
-    run("train_ppo", options(folder, tmp_path, "--critic=head"))
+    run("train_ppo", options(folder, tmp_path))
     log = read_log(tmp_path, "train_ppo")
     assert log[0]["explained_variance"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_critic_starts_as_the_reward_model_and_then_learns(folder, run, tmp_path):
-    result = run("train_ppo", options(folder, tmp_path))
+    result = run("train_ppo", options(folder, tmp_path, "--critic=rm"))
     scorer = load_checkpoint(folder / "rm.pt", "rm")
     critic = dict(result.policy.critic.named_parameters())
     moved = {name for name, p in critic.items() if not torch.equal(p, scorer["weights"][name])}

@@ -3,6 +3,8 @@ Part 8: PPO. REINFORCE with a critic that says what to expect, and several caref
 rollout.
 
     python part_8/train_ppo.py                     from a fresh clone to an aligned model
+    python part_8/train_ppo.py --critic=rm --lr_value=1e-3 --lam=0.95 --steps=28
+                                                   a critic that starts as the reward model
     python part_8/train_ppo.py --kl_coef=0 --kl_target=0 --score_clip=99
                                                    no penalty: watch reward and gold part
     python part_8/train_ppo.py --data=my.jsonl     your own prompts, with Alpaca's fields
@@ -15,7 +17,7 @@ From part_8/train_reinforce.py
 
 What PPO adds (Schulman et al. 2017; for language models Ziegler et al. 2019, Ouyang et al. 2022):
 
-    a critic       V(s_t) on the policy's own trunk; advantages are measured against it (gae)
+    a critic       V(s_t), what to expect from here; advantages are measured against it (gae)
     reuse          several epochs of minibatches per rollout; the ratio of new to old probability
                    corrects for the policy that moves on, and its clipping keeps it near (ppo_loss)
     a KL target    the controller moves beta up while the policy is further than a chosen distance
@@ -72,9 +74,9 @@ class Config:
     kl_target: float = 3.0  # KL in nats per answer above which beta grows; 0: beta stays fixed
     kl_horizon: float = 4000.0  # answers in which beta grows or shrinks by at most 20 %
     # advantage
-    # the critic: head (a linear layer on the policy's trunk) or rm (a trunk of its own, which
-    # starts as the reward model)
-    critic: str = "rm"
+    # head (the critic is a linear layer on the policy's trunk) or rm (the critic has a trunk of its
+    # own and starts as the reward model)
+    critic: str = "head"
 
     gamma: float = 1.0  # discount of a later reward
     lam: float = 1.0  # lambda of GAE; smaller values rely more on the critic
@@ -88,8 +90,8 @@ class Config:
     # a rollout's updates stop once the policy is this far from the one that sampled, nats per token
     max_kl: float = 0.02
 
-    lr: float = 6e-4  # learning rate of AdamW at the first iteration; it falls linearly to 0
-    lr_value: float = 3e-3  # the same for the value head, which starts from nothing
+    lr: float = 1e-3  # learning rate of AdamW at the first iteration; it falls linearly to 0
+    lr_value: float = 3e-3  # the same for the critic; a third of it suits --critic=rm
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
