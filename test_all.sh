@@ -9,7 +9,8 @@
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 
-# The tests are small, so one thread is fastest. Some of them start two processes of their own.
+# The tests are small, so one thread for each of two processes is fastest (pytest-xdist; a file's
+# tests stay together, because they share what is slow to make).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export MPLBACKEND=Agg
 
@@ -106,7 +107,7 @@ fi
 # Then the tests.
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-"$python" -m pytest -p no:cacheprovider --color=no "$@" 2>&1 | tee "$log"
+"$python" -m pytest -n 2 --dist loadfile -p no:cacheprovider --color=no "$@" 2>&1 | tee "$log"
 code=${PIPESTATUS[0]}
 
 # pytest's last line is its summary: "2 failed, 890 passed, 1 error in 200.1s".

@@ -235,8 +235,7 @@ class MoE(nn.Module):
         # Route: the top_k likeliest experts of each token. In fp32 also under autocast, because a
         # rounding error between two nearly equal experts would change which one computes.
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float())  # (N, E)
-        p = logits.softmax(dim=-1)  # (N, E)
+            p = self.router(x.float()).softmax(dim=-1)  # (N, E)
         weight, chosen = p.topk(self.top_k, dim=-1)  # (N, top_k)
 
         # The weights of several experts sum to 1. A single expert keeps its probability as weight
