@@ -13,9 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import pytest
 import torch
 
+import demo_critics
 import demo_details
 import demo_kl_penalty
 import demo_overoptimization
@@ -445,6 +447,31 @@ def test_a_change_needs_intervals_that_do_not_touch():
     )
 
 
+# demo_critics.py ----------------------------------------------------------------------------------
+
+
+def test_smooth_is_the_mean_with_the_neighbours():
+    values = np.array([[0.0, 3.0, 0.0, 6.0], [1.0, 1.0, 1.0, 1.0]])
+    expected = [[1.5, 1.0, 3.0, 3.0], [1.0, 1.0, 1.0, 1.0]]
+    assert demo_critics.smooth(values) == pytest.approx(np.array(expected))
+
+
+def test_the_title_of_the_critics_says_what_they_explain_and_reach():
+    def made(explained, gold, seconds):
+        first = np.array([explained, explained, 9.0, 9.0])
+        return demo_critics.Run(first, np.zeros(4), np.array([1.0, 2.0, 3.0, seconds]), gold)
+
+    runs = {
+        "none": [made(0.0, 0.5, 10.0)],
+        "head": [made(-0.1, 0.6, 10.0), made(0.1, 0.7, 30.0)],
+        "rm": [made(0.6, 0.8, 25.0)],
+    }
+    assert demo_critics.make_title(runs) == (
+        "Explained variance in the first half: none 0.00, gold 0.50 in 10 s\n"
+        "head 0.00, gold 0.65 in 20 s; rm 0.60, gold 0.80 in 25 s"
+    )
+
+
 # the scripts --------------------------------------------------------------------------------------
 
 
@@ -506,6 +533,22 @@ def test_demo_overoptimization_runs(folder, run_demo):
     assert len(metrics["8 pairs: gold"]) == 4
     score = metrics["40 pairs: score"]
     assert sorted(score) == score, "the best of more answers has a higher score"
+
+
+def test_demo_critics_runs(folder, run_demo, tmp_path):
+    metrics = run_demo(
+        "demo_critics",
+        f"--init={folder}/sft.pt",
+        f"--rm={folder}/rm.pt",
+        "--steps=3",
+        "--batch_size=4",
+        "--device=cpu",
+    )
+    assert metrics["none: explained"] == [pytest.approx([0, 0, 0], abs=1e-5)]
+    assert metrics["head: explained"][0][0] == pytest.approx(0, abs=1e-5)
+    assert abs(metrics["rm: explained"][0][0]) > 1e-3
+    log = read_log(tmp_path / "demo_critics.rm.0")
+    assert metrics["rm: gold"] == [[record["gold"] for record in log]]
 
 
 def test_demo_kl_penalty_runs(folder, run_demo, tmp_path):
