@@ -11,7 +11,7 @@ precision, resuming, and TensorBoard. (Several processes: train_ddp.py.)
 
 From part_3/train.py
     New      document_ends, row_edges, lr_scale, orthogonalize, Muon, make_optimizers, set_lr,
-             backward, save_resume_point, load_resume_point, resume_from
+             backward, fingerprint, save_resume_point, load_resume_point, resume_from
     Changed  Config, Data, load_data, get_batch, evaluate, draw
     Removed  encode, decode (tokenizer.py takes their place), split_blocks, show_samples,
              generate_without_cache, time_generation
@@ -24,7 +24,7 @@ The ideas stand in places of their own, and each can be read alone:
     accumulation      backward                  the gradient of a batch that does not fit in memory
     mixed precision   backward (autocast and scaler), and "update" in the loop
     clipping          "update" in the loop
-    resuming          save_resume_point, load_resume_point, resume_from
+    resuming          fingerprint, save_resume_point, load_resume_point, resume_from
 """
 
 import sys

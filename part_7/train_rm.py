@@ -13,7 +13,8 @@ answer.
 From part_6/train_sft.py
     New      story_prompts, with_end, sample_pairs, pair_length, preference_loss, rewards,
              Evaluation, against_truth
-    Changed  Config, load_data, encode_records, collate, get_batch, evaluate, draw
+    Changed  Config, load_data, encode_records, collate, get_batch, make_optimizers (the head has a
+             learning rate of its own), evaluate, draw
     Removed  order, token_f1, grade
 
 The labels are noisy: the judge prefers the truly better answer with probability sigmoid(gap / tau).
