@@ -12,7 +12,8 @@ From part_5/train.py
     Changed  Config, load_data, get_batch, evaluate, draw
     Removed  Data, document_ends, row_edges, moe_layers, balance_loss, expert_load, max_violation,
              active_parameters, backward, Evaluation, fingerprint, save_resume_point,
-             load_resume_point, resume_from (accumulation and resuming are for runs that take longer than a minute)
+             load_resume_point, resume_from (accumulation and resuming are for runs that take longer
+             than a minute)
 
 A demonstration is laid out by the chat template:
 
