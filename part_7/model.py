@@ -449,7 +449,7 @@ class RewardModel(GPT):
     bidirectional=True makes it an encoder: every token sees the whole text instead of the past.
     """
 
-    BETA = 2.0  # as in Meng et al. 2024; a larger one makes it too sure of itself
+    BETA = 2.0  # as in Meng et al. 2024
 
     def __init__(self, cfg, head="implicit", bidirectional=False):
         super().__init__(cfg)
