@@ -47,6 +47,7 @@ class Config:
     rm: str = "part_7/out/rm.pt"  # checkpoint of the reward model
     steps: int = 16  # iterations of PPO
     batch_size: int = 128  # answers per iteration
+    prompts: int = 512  # held-out prompts that are answered and judged after each run
     lam: float = 0.95  # lambda of GAE; smaller values rely more on the critic
     seed: int = 0  # seed of all random numbers
     seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
@@ -84,6 +85,7 @@ def run_ppo(cfg, init, rm, critic, seed, folder, device):
         "out": folder,
         "steps": cfg.steps,
         "batch_size": cfg.batch_size,
+        "prompts": cfg.prompts,
         "lam": cfg.lam,
         "seed": seed,
         "device": device.type,

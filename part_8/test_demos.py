@@ -542,6 +542,7 @@ def test_demo_critics_runs(folder, run_demo, tmp_path):
         f"--rm={folder}/rm.pt",
         "--steps=3",
         "--batch_size=4",
+        "--prompts=4",
         "--device=cpu",
     )
     assert metrics["none: explained"] == [pytest.approx([0, 0, 0], abs=1e-5)]
