@@ -207,8 +207,8 @@ def draw(title, curves, equal_groups, plain, scaled, path):
     right.plot(range(9), plain.weight, "o-", label="reward - mean")
     right.plot(range(9), scaled.weight, "s--", label="(reward - mean) / deviation")
     right.set(title="weight of a prompt", xlabel="right answers of 8")
-    right.set(ylabel="mean |advantage| / largest")
-    right.legend(fontsize=8)
+    right.set(ylabel="mean |advantage| / largest", ylim=(0, 1.6))
+    right.legend(fontsize=8, loc="upper center")
     save_figure(fig, path)
 
 
