@@ -98,9 +98,11 @@ def weak_reward_model(cfg, init, seed, folder, device):
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "pairs.jsonl"
     data.write_text(as_json(drawn))
+    # Linear: an implicit reward starts from what the SFT model knows, and is hard to exploit.
     launch(
         "part_7/train_rm.py",
         folder,
+        head="mean",
         init=init,
         data=data,
         steps=cfg.rm_steps,

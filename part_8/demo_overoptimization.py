@@ -138,7 +138,8 @@ def pair_batch(records, tok, block_size, device):
 def train_reward_model(sft, tok, records, rm_steps, device):
     """A reward model that learns from these pairs by -log sigmoid(r_chosen - r_rejected)
     (Bradley-Terry). It makes one pass, or rm_steps if that is more."""
-    model = RewardModel.load(sft).to(device)
+    # Linear: an implicit reward starts from what the SFT model knows, and is hard to exploit.
+    model = RewardModel.load(sft, head="mean").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     steps = max(rm_steps, len(records) // RM_BATCH)
 
