@@ -521,10 +521,13 @@ def read_facts(path):
     """The facts.json of a world, as a dict."""
     try:
         facts = json.loads(path.read_text())
-        facts["patterns"][0]["after"]  # what an older version of prepare_data.py wrote lacks it
-        return facts
+        # What an older version of prepare_data.py wrote lacks "after".
+        is_current = "after" in facts["patterns"][0]
     except (ValueError, LookupError, TypeError):
+        is_current = False
+    if not is_current:
         fail(f"{path} is broken or of an older version: delete {path.parent}, it is made again")
+    return facts
 
 
 def run_maker(path, maker):
@@ -584,7 +587,8 @@ def download_shakespeare():
 def read_jsonl(path, fields):
     """A list of dicts from a file with one JSON object per line, or with one JSON array of them.
 
-    Every record must have all of `fields`, as text. If it has a "check", judge must understand it.
+    Every record must have all of `fields`, as strings. If it has a "check", it must be one that
+    judge understands.
     """
     text = read_text(path)
     is_array = text.lstrip().startswith("[")
@@ -622,7 +626,7 @@ def check_record(record, fields, where):
         if field not in record:
             fail(f"{where}: field {field!r} is missing")
         if not isinstance(record[field], str):
-            fail(f"{where}: field {field!r} must be a text, got {as_json(record[field])}")
+            fail(f"{where}: field {field!r} must be a string, got {as_json(record[field])}")
 
     check = record.get("check")
     problem = check_problem(check) if check else None
@@ -733,8 +737,13 @@ class StoryPattern(NamedTuple):
 
 
 # What the value of each key of a "check" must be.
-CHECKS = {"answer": "a text", "must": "a list of texts", "ends": "a text"}
-CHECKS |= {"no_repeat": "true or false", "patterns": "a text"}
+CHECKS = {
+    "answer": "a string",
+    "must": "a list of strings",
+    "ends": "a string",
+    "no_repeat": "true or false",
+    "patterns": "a string",
+}
 
 
 def judge(record, answer, ended=True):
@@ -779,15 +788,13 @@ def judge(record, answer, ended=True):
 
 
 def normal_form(text):
-    """An answer without what does not matter: "Yes." -> "yes", " 7\\n" -> "7".
-
-    Small letters, single blanks, and no full stop at the end.
-    """
+    """The form in which exact answers are compared: lower case, single blanks, and no full stop at
+    the end. "Yes." -> "yes", " 7\\n" -> "7"."""
     return " ".join(text.lower().split()).removesuffix(".")
 
 
 def check_problem(check):
-    """What is wrong with a record's "check", as a text, or None if judge can use it."""
+    """One line that says what is wrong with a record's "check", or None if judge can use it."""
     if not isinstance(check, dict):
         return f"must be an object with some of {', '.join(CHECKS)}, got {as_json(check)}"
 

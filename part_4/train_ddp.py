@@ -367,7 +367,7 @@ def draw(records, title, entropy, path):
 
 
 def fingerprint(data):
-    """A text that differs if anything in the training or validation tokens does."""
+    """A hash that changes if any token of the training or validation text does."""
     digest = hashlib.sha256()
     digest.update(data.train_ids.numpy().tobytes())
     digest.update(data.val_ids.numpy().tobytes())

@@ -7,7 +7,7 @@ Part 8: what does a critic know, and what is it worth? PPO with three critics fr
 none   every value is 0, so an advantage is the return to go, as in REINFORCE
 head   a linear layer on the policy's trunk, which starts at zero (the usual form in games)
 rm     a trunk of its own, which starts as the reward model (the usual form for language models,
-       Ouyang et al. 2022, appendix C.4)
+       Ouyang et al. 2022)
 
 A critic's quality is the share of the returns' variance that its values explain: 1 if it foresees
 every return, 0 if it knows no more than their mean. A critic that explains nothing costs nothing

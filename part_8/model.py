@@ -497,7 +497,7 @@ class ActorCritic(GPT):
 
     Without `critic` the value is a linear head on the policy's own trunk, as in PPO for games. With
     `critic`, a RewardModel, the critic has a trunk of its own and starts as that reward model
-    (Ouyang et al. 2022, appendix C.4), of which `answer_length` says how many tokens its mean is
+    (Ouyang et al. 2022), of which `answer_length` says how many tokens its mean is
     expected to be over.
     """
 

@@ -965,7 +965,26 @@ def test_the_critic_starts_as_the_reward_model_and_then_learns(folder, run, tmp_
     assert result.policy.answer_length == sum(len(a.ids) + 1 for a in answers) / len(answers)
 
 
-def test_the_critic_gets_its_learning_rate_and_its_clipping():
+def test_policy_and_critic_are_clipped_apart(folder, run, tmp_path, monkeypatch):
+    """Each update limits the norm of two sets of parameters, which together are all of them."""
+    clipped = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def record(params, max_norm):
+        params = list(params)
+        clipped.append({id(p) for p in params})
+        return clip(params, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    result = run("train_ppo", options(folder, tmp_path, "--critic=rm"))
+    critic = {id(p) for p in result.policy.critic.parameters()}
+    actor = {id(p) for p in result.policy.parameters()} - critic
+    assert len(clipped) >= 6 and len(clipped) % 2 == 0
+    assert clipped[0::2] == [actor] * (len(clipped) // 2)
+    assert clipped[1::2] == [critic] * (len(clipped) // 2)
+
+
+def test_the_critic_has_a_learning_rate_of_its_own_in_a_trunk_of_its_own():
     critic = RewardModel(CONFIG)
     policy = ActorCritic(CONFIG, critic)
     optimizer = make_optimizer(policy, Config(lr=0.25, lr_value=0.5))

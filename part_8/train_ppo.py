@@ -415,6 +415,9 @@ def learn(policy, optimizer, batch, advantages, values, returns, cfg, generator)
 
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+
+            # The critic has a limit of its own, so that its large errors do not shrink the policy's
+            # step.
             for group in optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], cfg.grad_clip)
             optimizer.step()
