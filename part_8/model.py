@@ -497,8 +497,8 @@ class ActorCritic(GPT):
 
     Without `critic` the value is a linear head on the policy's own trunk, as in PPO for games. With
     `critic`, a RewardModel, the critic has a trunk of its own and starts as that reward model
-    (Ouyang et al. 2022), of which `answer_length` says how many tokens its mean is
-    expected to be over.
+    (Ouyang et al. 2022). A reward is a mean over the tokens of an answer; answer_length is how
+    many of them an answer usually has.
     """
 
     def __init__(self, cfg, critic=None, answer_length=1.0):
