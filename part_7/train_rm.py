@@ -454,28 +454,31 @@ def against_truth(gap, pairs, tau):
 
 
 def draw(records, metrics, path):
-    """Accuracy over training beside the Bayes accuracy, and true order by size of the gap."""
+    """Loss and accuracy over training, and true order by size of the gap."""
     title = (
         f"The reward model agrees with {metrics['accuracy']:.3f} of the noisy labels, "
         f"{metrics['bayes_accuracy']:.3f} is possible"
     )
-    fig, (left, right) = figure(title, columns=2, height=3.8)
+    fig, (left, middle, right) = figure(title, columns=3, height=3.8)
 
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records]
-    left.plot(steps, losses, alpha=0.4, label="training loss, nats per pair")
+    left.plot(steps, losses)
+    left.set(xlabel="optimizer step", ylabel="training loss, nats per pair", ylim=(0, None))
+
     evaluations = [record for record in records if "accuracy" in record]
     steps = [record["step"] for record in evaluations]
     accuracies = [record["accuracy"] for record in evaluations]
-    left.plot(steps, accuracies, "o-", label="accuracy on held-out labels")
-    left.axhline(metrics["bayes_accuracy"], color="gray", linestyle="--", label="Bayes accuracy")
-    left.set(xlabel="optimizer step", ylim=(0, 1))
-    left.legend(fontsize=8)
+    middle.plot(steps, accuracies, "o-", color="C1", label="reward model")
+    bayes = metrics["bayes_accuracy"]
+    middle.axhline(bayes, color="gray", linestyle="--", label="Bayes accuracy")
+    middle.set(xlabel="optimizer step", ylabel="accuracy on held-out labels", ylim=(0.5, 1))
+    middle.legend(fontsize=8)
 
     gaps = (1, 2, 3, 4)
     right.bar(gaps, [metrics[f"true_order_gap_{gap}"] for gap in gaps], color="C2")
-    right.set(xlabel="checks that the better answer passes more")
-    right.set(ylabel="share of pairs in true order", ylim=(0.4, 1), xticks=gaps)
+    right.set(xlabel="checks that the better\nanswer passes more")
+    right.set(ylabel="share of pairs in true order", ylim=(0.5, 1), xticks=gaps)
     save_figure(fig, path)
 
 
