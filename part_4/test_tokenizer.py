@@ -13,7 +13,8 @@ import unicodedata
 import pytest
 import torch
 
-from tokenizer import SPECIAL, Tokenizer, merge, pairs, split, train_ranks
+import tokenizer
+from tokenizer import SPECIAL, Tokenizer, count_words, merge, pairs, split, train_ranks
 
 WIKIPEDIA = "aaabdaaabac"  # https://en.wikipedia.org/wiki/Byte_pair_encoding
 SYLLABLES = [
@@ -191,6 +192,22 @@ def loop_seconds():
     for i in range(4_000_000):
         seen[i % 5000] = i
     return time.process_time() - start
+
+
+def test_a_long_word_is_counted_in_pieces():
+    counts = count_words("é" * 40 + " a a")
+    assert counts == {"é".encode() * 16: 2, "é".encode() * 8: 1, b" a": 2}
+    text = "xyz" * 5000
+    tok = Tokenizer.train(text, 262)
+    assert tok.decode(tok.encode(text)) == text
+    assert len(tok.encode(text)) < 0.5 * len(text)
+
+
+def test_only_the_most_frequent_words_are_learned_from(monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_WORDS", 1)
+    ranks = train_ranks("aa aa aa bb bb", 9)
+    assert b" aa" in ranks
+    assert b"bb" not in ranks
 
 
 def test_a_megabyte_trains_in_seconds():

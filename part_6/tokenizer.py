@@ -2,7 +2,7 @@
 Part 6: the tokenizer that Part 4 trained. From here on it is only loaded from a checkpoint.
 
 From part_5/tokenizer.py
-    Removed  split, pairs, merge, train_ranks, Tokenizer.train, Tokenizer.encode_slow
+    Removed  split, pairs, merge, count_words, train_ranks, Tokenizer.train, Tokenizer.encode_slow
 
     tok = Tokenizer.load(checkpoint["tokenizer"])
     ids = tok.encode("Once upon a time")
