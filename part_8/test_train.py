@@ -659,6 +659,26 @@ def test_each_epoch_of_ppo_takes_each_answer_once_in_a_new_order():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_every_update_clips_around_the_values_of_the_rollout(monkeypatch):
+    """Not around those of the critic as it is now, or else the clip would never act."""
+    old_values = []
+    value_loss = train_ppo.value_loss
+
+    def spy(values, old, returns, clip):
+        old_values.append(old)
+        return value_loss(values, old, returns, clip)
+
+    monkeypatch.setattr(train_ppo, "value_loss", spy)
+    policy = new_policy(train_ppo)
+    cfg, batch = roll(train_ppo, policy, epochs=2, minibatches=2, max_kl=1e9)
+    with torch.no_grad():
+        _, values = policy.act(batch.ids[:, :-1], batch.mask)
+    update(train_ppo, policy, cfg, batch, torch.optim.AdamW(policy.parameters(), lr=0.01))
+    assert len(old_values) == 4
+    for epoch in (old_values[:2], old_values[2:]):
+        assert sorted(torch.cat(epoch).tolist()) == sorted(values.tolist())
+
+
 def test_max_kl_stops_the_updates():
     policy = new_policy(train_ppo)
     cfg, batch = roll(train_ppo, policy, epochs=3, minibatches=4, max_kl=0.05)
