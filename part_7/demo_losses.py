@@ -1,6 +1,5 @@
 """
-Part 7: what matters when a reward model is trained? The loss, the number of pairs, and the place
-where the score is read.
+Part 7: what matters when a reward model is trained? The loss, the number of pairs, and the head.
 
     python part_7/demo_losses.py
     python part_7/demo_losses.py --seeds=3
@@ -11,8 +10,9 @@ Losses    Bradley-Terry (Ouyang et al. 2022, eq. 1) fits probabilities: sigmoid(
           constant that is added to all rewards; centring (Eisenstein et al. 2023, eq. 2) pulls the
           rewards towards 0.
 Pairs     10 %, 30 % and all of the pairs, each seen once. So fewer pairs are also fewer steps.
-Reading   The mean of the answer's token scores, the score of the end token alone, or the mean in an
-          encoder, in which each token sees the whole text.
+Head      The implicit reward, which has no new layer; a linear layer on every token of the answer,
+          or on the end token alone; and a linear layer in an encoder, in which each token sees the
+          whole text.
 
 Each training sees 2,560 pairs of the world once. train_rm.py makes 7,200 visits, and adds pairs
 that the policy writes.

@@ -5,7 +5,8 @@ Part 8: what is the KL penalty for? PPO against a weak reward model, with the pe
     python part_8/demo_kl_penalty.py --pairs=0     the reward model of Part 7, which is not weak
 
 A reward model that has learned from few pairs is right about what the SFT policy writes, and wrong
-about what PPO finds. Its score goes on rising while gold falls. This is over-optimization.
+about what PPO finds. Its score goes on rising while gold falls. This is over-optimization. The weak
+reward model has a linear head, because an implicit reward is hard to exploit.
 
 With d = sqrt(KL), Gao, Schulman and Hilton (2022) fit the gold that RL gains by d (a - b ln d). It
 is highest at d = exp(a / b - 1). They find that a penalty does not lift this curve: PPO only stops

@@ -12,7 +12,8 @@ gold that it gains by d (a - b d), which is highest at d = a / 2b.
 
 All n share one set of N samples. The gold of the best of n is averaged over all subsets of n of
 them, so that the curve is unbiased and smooth (Nakano et al. 2021). The reward models train for
-seconds, from the trunk of the SFT policy.
+seconds, from the trunk of the SFT policy. They have a linear head, because an implicit reward is
+hard to exploit: it starts from what the SFT model knows. Part 7's is there for comparison.
 """
 
 import sys
