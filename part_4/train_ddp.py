@@ -66,7 +66,10 @@ class Config:
     accum: int = 1  # micro-batches per step; the gradient is the same, in 1/accum of the memory
     lr: float = 0.01  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
     lr_adamw: float = 3e-3  # learning rate of AdamW, for everything else
-    weight_decay: float = 0.0  # of all matrices; 0: there is too little repetition to overfit
+
+    # decay of the weights in all matrices; 0, because there is too little repetition to overfit
+    weight_decay: float = 0.0
+
     warmup: float = 0.1  # share of the steps in which the learning rate rises to its peak
     decay: float = 0.5  # share of the steps, at the end, in which it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down

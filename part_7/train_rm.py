@@ -68,6 +68,7 @@ class Config:
     init: str = ""  # checkpoint of the SFT model; empty: part_6/out/sft.pt
     policy_pairs: int = 1280  # pairs that the SFT policy writes for the noisy judge; 0: none
     # reward model
+
     # implicit (the mean log-probability of the answer's tokens), mean (of a linear layer on each of
     # its tokens) or last (the same layer on the end token)
     head: str = "implicit"
@@ -84,8 +85,8 @@ class Config:
     batch_size: int = 24  # pairs per step
     lr: float = 0.003  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
     lr_adamw: float = 1e-3  # learning rate of AdamW, for everything else
-    lr_head: float = 0.01  # the same for the linear layer of the head, which starts from nothing
-    weight_decay: float = 0.0  # of all matrices
+    lr_head: float = 0.01  # learning rate of AdamW for the linear layer of the heads mean and last
+    weight_decay: float = 0.0  # decay of the weights in all matrices; gains do not decay
     warmup: float = 0.05  # share of the steps in which the learning rate rises to its peak
     decay: float = 0.4  # share of the steps, at the end, in which it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient

@@ -74,6 +74,7 @@ class Config:
     kl_target: float = 3.0  # KL in nats per answer above which beta grows; 0: beta stays fixed
     kl_horizon: float = 4000.0  # answers in which beta grows or shrinks by at most 20 %
     # advantage
+
     # head (the critic is a linear layer on the policy's trunk) or rm (the critic has a trunk of its
     # own and starts as the reward model)
     critic: str = "head"
@@ -91,7 +92,7 @@ class Config:
     max_kl: float = 0.02
 
     lr: float = 1e-3  # learning rate of AdamW at the first iteration; it falls linearly to 0
-    lr_value: float = 3e-3  # the same for the critic; a third of it suits --critic=rm
+    lr_value: float = 3e-3  # learning rate of the critic, likewise; 1e-3 suits --critic=rm
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
