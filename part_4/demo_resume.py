@@ -81,8 +81,9 @@ def train_command(cfg, out, resume=False):
 
 
 def run_to_the_end(cfg, out, resume=False):
-    """Runs train.py from start to end -> the records of its log."""
-    done = subprocess.run(train_command(cfg, out, resume), capture_output=True, text=True)
+    """Runs train.py from start to end -> the records of its log. What it prints goes to stderr."""
+    command = train_command(cfg, out, resume)
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         fail(f"train.py ended with code {done.returncode}: {done.stderr}")
     return read_log(out)
@@ -95,9 +96,7 @@ class KilledRun(NamedTuple):
 
 def run_and_kill(cfg, out):
     """Runs train.py and kills it as soon as its log has a line of step cfg.kill -> KilledRun."""
-    child = subprocess.Popen(
-        train_command(cfg, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    child = subprocess.Popen(train_command(cfg, out), stdout=sys.stderr, stderr=subprocess.DEVNULL)
     log = out / "log.jsonl"
     beginning = f'{{"step": {cfg.kill},'
     while child.poll() is None:

@@ -199,9 +199,10 @@ def sample_pairs(policy, tok, records, cfg, tau):
         if gap == 0:
             continue
 
-        # The judge prefers the first with probability sigmoid(gap / tau).
+        # The judge prefers the first with probability sigmoid(gap / tau). exp() would overflow if
+        # tau were tiny, hence the limit.
         chosen, rejected = first, second
-        if rng.random() >= 1 / (1 + math.exp(-gap / tau)):
+        if rng.random() >= 1 / (1 + math.exp(min(-gap / tau, 700))):
             chosen, rejected = second, first
             gap = -gap
         pairs.append(
