@@ -119,8 +119,11 @@ class Mark(NamedTuple):
 
 def briefed(text):
     """The documents that are a brief and its story, without the blank lines between them."""
-    documents = text.strip().split("\n\n")
-    return [document for document in documents if document.startswith("Write a story")]
+    found = []
+    for document in text.strip().split("\n\n"):
+        if document.startswith("Write a story") and "\n" in document:
+            found.append(document)
+    return found
 
 
 def mark(document, slot_of):
@@ -715,9 +718,10 @@ def heads_title(scores, rises):
         matching.extend(heads.matching.max().item() for heads in scores[depth])
     layers = ", ".join(str(depth) for depth in scores)
     return (
-        f"Models of {layers} layers: copying costs {', '.join(best)} nats more\n"
-        f"without the {REMOVED} heads that read the brief, {', '.join(others)} without "
-        f"{REMOVED} others.\nPrefix matching on random tokens is at most {max(matching):.2f} of 1"
+        f"Models of {layers} layers: without the {REMOVED} heads that read the brief\n"
+        f"copying costs {', '.join(best)} nats more,\n"
+        f"without {REMOVED} others {', '.join(others)}.\n"
+        f"Prefix matching on random tokens is at most {max(matching):.2f} of 1"
     )
 
 

@@ -171,10 +171,14 @@ class Law(NamedTuple):
     def best_size(self, C):
         """The N with the lowest loss among all runs of C = 6 N D operations (Hoffmann et al. 2022,
         eq. 4). There, a larger model would gain what the lack of tokens would lose."""
-        total = self.alpha + self.beta
-        balance = (self.alpha * self.A / (self.beta * self.B)) ** (1 / total)
+        ratio = self.alpha * self.A / (self.beta * self.B)
+        balance = ratio ** (1 / (self.alpha + self.beta))
         relative_c = C / (6 * self.N0 * self.D0)
-        return self.N0 * balance * relative_c ** (self.beta / total)
+        return self.N0 * balance * relative_c ** self.size_exponent()
+
+    def size_exponent(self):
+        """The best size grows with C to this power."""
+        return self.beta / (self.alpha + self.beta)
 
 
 def log_law(point, log_n, log_d):
@@ -394,12 +398,16 @@ def draw_trust(title, fits, held_out, true_entropy, path):
     fits: {name: Fit}; those that predict nothing have no errors and stand below only.
     """
     fig, (above, below) = figure(title, rows=2, height=8)
-    names = [f"{amount(run.N)}\n{amount(run.D)}" for run in held_out]
+    # Runs that differ in their seed alone stand at one place.
+    names = list(dict.fromkeys(f"{amount(run.N)}\n{amount(run.D)}" for run in held_out))
     width = 0.2
     predicting = [name for name in fits if fits[name].errors]
     for i, name in enumerate(predicting):
         found = fits[name]
-        places = [j + (i - 0.5 * (len(predicting) - 1)) * width for j in range(len(held_out))]
+        shift = (i - 0.5 * (len(predicting) - 1)) * width
+        places = []
+        for run in held_out:
+            places.append(names.index(f"{amount(run.N)}\n{amount(run.D)}") + shift)
         above.vlines(places, found.low, found.high, color=f"C{i}", linewidth=3, alpha=0.5)
         above.plot(places, found.errors, "o", color=f"C{i}", label=name)
     above.axhline(0, color="gray", linestyle="--", label="predicted exactly")
@@ -408,11 +416,12 @@ def draw_trust(title, fits, held_out, true_entropy, path):
     above.set_ylabel("measured - predicted,\nnats per byte")
     above.legend(fontsize=9)
 
-    free = [name for name in fits if len({law.E for law in fits[name].draws}) > 1]
+    free = [name for name in fits if "free" in name]
     for i, name in enumerate(free):
+        colour = f"C{list(fits).index(name)}"
         lowest, highest = interval([law.E for law in fits[name].draws])
-        below.hlines(i, lowest, highest, color=f"C{i}", linewidth=3, alpha=0.5)
-        below.plot(fits[name].law.E, i, "o", color=f"C{i}")
+        below.hlines(i, lowest, highest, color=colour, linewidth=3, alpha=0.5)
+        below.plot(fits[name].law.E, i, "o", color=colour)
     below.axvline(true_entropy, color="gray", linestyle="--", label="true entropy of the world")
     below.set_yticks(range(len(free)), free)
     below.set_ylim(-0.7, len(free) - 0.3)
@@ -421,13 +430,15 @@ def draw_trust(title, fits, held_out, true_entropy, path):
     save_figure(fig, path)
 
 
-def entropy_title(law, draws, true_entropy):
-    """What the fit says of the entropy, and whether that is true."""
+def entropy_title(law, draws, true_entropy, residual):
+    """What the fit says of the entropy, whether that is true, and how well the law describes the
+    runs that it was fitted to. residual: the root mean square of what it misses them by."""
     lowest, highest = interval([each.E for each in draws])
     verdict = "does not contain" if not lowest <= true_entropy <= highest else "contains"
     return (
         f"The fit's E is {law.E:.3f} nats per byte, and its error bar, {lowest:.3f} to "
-        f"{highest:.3f},\n{verdict} the true entropy, {true_entropy:.3f}"
+        f"{highest:.3f},\n{verdict} the true entropy, {true_entropy:.3f}. "
+        f"The law misses its own runs by {residual:.3f}"
     )
 
 
@@ -449,12 +460,13 @@ if __name__ == "__main__":
     sizes = parse_sizes(cfg.sizes)
     lengths = parse_lengths(cfg.lengths)
     recipe = train.Config(batch_size=cfg.batch_size)
+
     # All models have heads of 32 channels: narrower ones learn to copy from the brief much later.
     gpt_cfg = GPTConfig(vocab_size=1024, block_size=72, n_head=2, n_kv_head=1, head_dim=32)
     data = train.load_data(recipe, gpt_cfg)
     out = output_folder(cfg)
 
-    # Train every size with every length and every seed. The progress counts operations.
+    # Train every size with every length and every seed.
     runs = []
     arms = list(itertools.product(range(cfg.seeds), sizes, lengths))
     log = Log(out, len(arms), name="demo_scaling")
@@ -483,19 +495,18 @@ if __name__ == "__main__":
     exponents = {}
     for name, found in fits.items():
         law = found.law
-        exponents[name] = law.beta / (law.alpha + law.beta)
+        exponents[name] = law.size_exponent()
         ranges = {}
         for field in ("E", "alpha", "beta"):
             lowest, highest = interval([getattr(each, field) for each in found.draws])
             ranges[field] = f"{getattr(law, field):.3f} ({lowest:.3f} to {highest:.3f})"
+        lowest, highest = interval([each.size_exponent() for each in found.draws])
         print(
             f"{name:26}  E {ranges['E']}, alpha {ranges['alpha']}, beta {ranges['beta']}, "
-            f"best N grows as C^{exponents[name]:.2f}"
+            f"best N grows as C^{exponents[name]:.2f} ({lowest:.2f} to {highest:.2f})"
         )
-    residuals = [run.loss - everything.law.loss(run.N, run.D) for run in runs]
-    print(f"the law misses the runs it was fitted to by {typical_error(residuals):.4f}")
-
-    title = entropy_title(everything.law, everything.draws, data.entropy)
+    residual = typical_error([run.loss - everything.law.loss(run.N, run.D) for run in runs])
+    title = entropy_title(everything.law, everything.draws, data.entropy, residual)
     print(title)
     draw_law(title, runs, everything.law, data.entropy, out / "demo_scaling.png")
     title = trust_title(free, fixed)
@@ -515,7 +526,7 @@ if __name__ == "__main__":
         errors_low={name: found.low for name, found in fits.items()},
         errors_high={name: found.high for name, found in fits.items()},
         outside={name: misses(found) for name, found in fits.items()},
-        residual=typical_error(residuals),
+        residual=residual,
         seed=cfg.seed,
         seeds=cfg.seeds,
     )

@@ -540,8 +540,8 @@ def test_misses_counts_error_bars_without_zero():
 
 def test_the_title_says_whether_the_truth_is_inside_the_error_bar():
     draws = [LAW._replace(E=0.05 + 0.01 * i) for i in range(5)]
-    assert "\ncontains the true" in demo_scaling.entropy_title(LAW, draws, 0.08)
-    assert "\ndoes not contain the true" in demo_scaling.entropy_title(LAW, draws, 0.2)
+    assert "\ncontains the true" in demo_scaling.entropy_title(LAW, draws, 0.08, 0.5)
+    assert "\ndoes not contain the true" in demo_scaling.entropy_title(LAW, draws, 0.2, 0.5)
 
 
 def test_parse_sizes_and_lengths():
