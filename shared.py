@@ -728,6 +728,10 @@ class Verdict(NamedTuple):
     share: float  # share of the checks that hold
     passed: bool  # whether all of them hold
 
+    # for each step of a solution whether it is right, or None if the record has no steps; a right
+    # answer passes whatever its steps are
+    steps: list | None = None
+
 
 class StoryPattern(NamedTuple):
     stage: int  # the place of such a sentence in a story, counted from 0
@@ -739,6 +743,8 @@ class StoryPattern(NamedTuple):
 # What the value of each key of a "check" must be.
 CHECKS = {
     "answer": "a string",
+    "number": "a string of digits",
+    "steps": "a list of equations like 7-2=5",
     "must": "a list of strings",
     "ends": "a string",
     "no_repeat": "true or false",
@@ -751,6 +757,9 @@ def judge(record, answer, ended=True):
 
     record["check"] is a dict. Its keys say what is checked:
         answer     the answer must be this text, both in their normal form (normal_form)
+        number     the last number in the answer must be this one
+        steps      the equations that lead to it, such as "7-2=5"; Verdict.steps says which of them
+                   the answer has, and whether it is right does not depend on them
         must       a list of words that must occur
         ends       how the story must end, for example "happy"
         no_repeat  if true, no sentence may occur twice
@@ -773,6 +782,10 @@ def judge(record, answer, ended=True):
     if "answer" in check:
         checks["answer"] = normal_form(answer) == normal_form(check["answer"])
 
+    if "number" in check:
+        numbers = re.findall(r"\d+", text)
+        checks["number"] = numbers[-1:] == [check["number"]]
+
     if check.get("no_repeat"):
         checks["no_repeat"] = 0 < len(sentences) == len(set(sentences))
 
@@ -784,13 +797,36 @@ def judge(record, answer, ended=True):
         checks["end"] = ended
 
     share = sum(checks.values()) / len(checks)
-    return Verdict(checks, share, passed=all(checks.values()))
+    steps = judge_steps(check["steps"], text) if "steps" in check else None
+    return Verdict(checks, share, passed=all(checks.values()), steps=steps)
 
 
 def normal_form(text):
     """The form in which exact answers are compared: lower case, single blanks, and no full stop at
     the end. "Yes." -> "yes", " 7\\n" -> "7"."""
     return " ".join(text.lower().split()).removesuffix(".")
+
+
+EQUATION = re.compile(r"(\d+) ?([-+*]) ?(\d+) ?= ?(\d+)")
+
+
+def judge_steps(expected, text):
+    """Which steps of a written solution are right? -> a list of bools.
+
+    The equations in the text are compared with the expected ones, in order. a+b=c may be written
+    as b+a=c. An equation too many is a wrong step, and so is one that is missing.
+    """
+
+    def normal(equation):
+        left, sign, right, result = EQUATION.fullmatch(equation).groups()
+        operands = [int(left), int(right)]
+        if sign != "-":
+            operands.sort()
+        return sign, operands, int(result)
+
+    written = [match[0] for match in EQUATION.finditer(text)]
+    right = [normal(a) == normal(b) for a, b in zip(expected, written)]
+    return right + [False] * abs(len(expected) - len(written))
 
 
 def check_problem(check):
@@ -805,6 +841,11 @@ def check_problem(check):
 
         if name == "must":
             is_right = isinstance(value, list) and all(isinstance(word, str) for word in value)
+        elif name == "steps":
+            texts = value if isinstance(value, list) else [None]
+            is_right = all(isinstance(t, str) and EQUATION.fullmatch(t) for t in texts)
+        elif name == "number":
+            is_right = isinstance(value, str) and re.fullmatch(r"\d+", value) is not None
         elif name == "no_repeat":
             is_right = isinstance(value, bool)
         else:

@@ -5,15 +5,18 @@ its preferences.
     python part_0/prepare_data.py                       # writes data/stories/ in seconds
     python part_0/prepare_data.py --seed=1 --out=other  # another world of the same kind
 
-A story is drawn at random: first who, where and what, then one sentence for each of five stages.
-The probability of every draw is known, and different draws never give the same text. So -log p of
-a text is a sum over its draws. The mean of this sum per byte of val.txt is the entropy of the
-source in nats per byte, which is the loss that no model can beat.
+A document of the text is a story, a statement about the taxonomy, or a problem in arithmetic with
+its solution. Each is drawn at random. A story, for example: first who, where and what, then one
+sentence for each of five stages. The probability of every draw is known, and different draws never
+give the same text. So -log p of a text is a sum over its draws. The mean of this sum per byte of
+val.txt is the entropy of the source in nats per byte, which is the loss that no model can beat.
 
-    train.txt, val.txt                          stories; most begin with a brief that they obey,
-                                                never with one that is held out for validation
-    instructions.jsonl, instructions_val.jsonl  briefs and small skills, each with an answer;
-                                                many of the stories for training have faults
+    train.txt, val.txt                          documents; most stories begin with a brief that they
+                                                obey, never with one that is held out for validation
+    instructions.jsonl, instructions_val.jsonl  briefs, skills and problems, each with an answer;
+                                                many of the answers for training have faults
+    problems.jsonl, problems_val.jsonl          problems alone, each solved in steps; those for
+                                                validation are also longer than any in training
     preferences.jsonl, preferences_val.jsonl    two answers to a brief, labelled by a noisy judge
     taxonomy.tsv                                child, parent
     facts.json                                  patterns, vocabulary, true entropy, Bayes accuracy
@@ -27,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import functools
 import hashlib
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -46,7 +50,8 @@ class Config:
     seed: int = 0  # seed of all random numbers
     tau: float = 0.5  # temperature of the preference judge, in checks; a large one means more noise
 
-    # probability that a demonstration gets a thing wrong that the brief asks for, for each thing
+    # probability that a demonstration gets a thing wrong that the brief asks for, for each thing;
+    # also the probability that a solved problem has a wrong step
     wrong: float = 0.25
 
     scale: float = 1.0  # factor on the number of records in every file
@@ -64,23 +69,23 @@ class Config:
 TREE = {
     "animal": {
         "pet": "cat dog rabbit hamster",
-        "livestock": "cow horse sheep pig",
-        "wildlife": "fox bear wolf deer",
+        "farm animal": "cow horse sheep pig",
+        "wild animal": "fox bear wolf deer",
     },
     "object": {
         "toy": "ball kite doll drum",
-        "clothing": "hat coat shoe scarf",
+        "garment": "hat coat shoe scarf",
         "food": "cake pear plum bun",
         "tool": "spoon hammer rope bucket",
     },
     "place": {
-        "landscape": "lake river forest hill beach park garden",
+        "place outdoors": "lake river forest hill beach park garden",
         "building": "farm market school castle bridge",
     },
     "city": {
-        "europe": "Paris Rome London Berlin",
-        "asia": "Tokyo Delhi Seoul Hanoi",
-        "africa": "Cairo Tunis Lagos Dakar",
+        "city in Europe": "Paris Rome London Berlin",
+        "city in Asia": "Tokyo Delhi Seoul Hanoi",
+        "city in Africa": "Cairo Tunis Lagos Dakar",
     },
     "person": {
         "child": "boy girl",
@@ -107,6 +112,23 @@ SLOT_NATS = sum(log(len(values)) for values in SLOTS.values())  # -log p of one 
 
 # A story has a helper only if one of its sentences mentions one, so the helper is drawn later.
 VOCABULARY = {**SLOTS, "helper": LEAVES["person"]}
+
+
+def with_article(noun):
+    """ "fox" -> "a fox", "animal" -> "an animal". A city has no article."""
+    if noun in LEAVES["city"]:
+        return noun
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def capital(sentence):
+    """The same sentence with a capital letter at its beginning."""
+    return sentence[0].upper() + sentence[1:]
+
+
+def plural(noun):
+    """ "plum" -> "plums"."""
+    return "scarves" if noun == "scarf" else noun + "s"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,6 +200,43 @@ MUST = {"animal": "{animal}", "hero": "{hero}", "thing": "{colour} {thing}", "pl
 END_IT = {"happy": " End it happily.", "sad": " End it sadly."}
 P_BRIEF = 0.8  # share of the stories in train.txt and val.txt that begin with a brief
 
+# A statement says of a thing what kind of thing it is, one step up the tree.
+STATEMENTS = [
+    (0.25, "{child} is {parent}."),
+    (0.25, "Everybody knows that {child} is {parent}."),
+    (0.25, "We call {child} {parent}."),
+    (0.25, "What is {child}? It is {parent}."),
+]
+N_STATEMENTS = 6  # in one document, which is then about as long as a story
+
+# A problem begins with how many things somebody has. Each operation changes the number, and the
+# question asks for the number in the end. {n} is a number and {other} a person who is new in the
+# problem. After the two comparisons the problem goes on with that person.
+START = "{name} had {n} {things}."
+OPERATIONS = [
+    ("+", "{name} found {n} more."),
+    ("+", "{other} gave {name} {n} more."),
+    ("-", "{name} lost {n}."),
+    ("-", "{name} gave {n} to {other}."),
+    ("*", "Then {name} had twice as many."),
+    ("+", "{other} had {n} more than {name}."),
+    ("-", "{other} had {n} fewer than {name}."),
+]
+COMPARISONS = ("more than", "fewer than")
+QUESTION = "How many {things} did {name} have in the end?"
+STEP_BY_STEP = " Think step by step."  # after the question: the solution begins with its steps
+CONCLUSION = "The answer is {n}."
+
+# A distractor is about another person and other things. It changes nothing.
+P_DISTRACTOR = 0.5  # from three operations on
+MOST_OPERATIONS = 3  # in the text and in the instructions
+FIRST_NUMBERS = range(2, 21)  # somebody has 2 to 20 things, because "1 plums" is wrong
+LARGEST_DRAWN = 9  # the number of an operation is drawn up to this one
+LARGEST = 99  # no number in a problem or in its solution is larger
+
+# What a document of the text is.
+P_KIND = {"story": 0.77, "statement": 0.18, "problem": 0.05}
+
 
 class Pick(NamedTuple):
     """One option that was drawn from a list of (probability, text)."""
@@ -236,15 +295,21 @@ def brief(slots, level):
     return (sentence + END_IT[slots["ends"]]).format(**slots)
 
 
-def held_out(instruction, input=""):
+def held_out(composition):
     """Does this composition belong to validation? A hash puts one tenth of them there.
 
-    The ending is not part of the composition, so that a brief is never in training with one ending
-    and in validation with the other.
+    A composition is the part of an exercise that must be new to a model that is examined. In a
+    brief it is everything but the ending, so that no brief is in training with one ending and in
+    validation with the other.
     """
-    composition = instruction.split(" End it ")[0] + "\n" + input
     digest = hashlib.sha256(composition.encode()).hexdigest()
     return int(digest, 16) % 10 == 0
+
+
+def brief_held_out(slots, level):
+    """Does a brief belong to validation?"""
+    _, sentence = BRIEFS[level - 1]
+    return held_out(sentence.format(**slots) + "\n")
 
 
 @functools.cache
@@ -257,15 +322,14 @@ def held_out_share():
         held = 0
         total = 0
         for values in product(*[SLOTS[slot] for slot in named]):
-            held += held_out(sentence.format(**dict(zip(named, values))))
+            held += held_out(sentence.format(**dict(zip(named, values))) + "\n")
             total += 1
         share += probability * held / total
     return share
 
 
-def document(rng):
-    """Draw one entry of train.txt or val.txt, a story that often has a brief above it
-    -> (text, nats). The nats are -log p(text).
+def story_document(rng):
+    """Draw a story that often has a brief above it -> (text, nats). The nats are -log p(text).
 
     A brief that belongs to validation is drawn again, together with its slots: a model must not
     have read it before it is asked. All other briefs become more likely by the factor 1 / (1 - q),
@@ -277,13 +341,183 @@ def document(rng):
         return " ".join(sentences), nats - log(1 - P_BRIEF)
 
     chosen = pick(rng, BRIEFS)
-    while held_out(brief(slots, chosen.index + 1)):
+    while brief_held_out(slots, chosen.index + 1):
         slots = draw_slots(rng)
         chosen = pick(rng, BRIEFS)
 
     sentences, nats = tell(rng, slots)
     text = brief(slots, chosen.index + 1) + "\n" + " ".join(sentences)
     return text, nats + chosen.nats - log(P_BRIEF) + log(1 - held_out_share())
+
+
+def edges():
+    """The edges of the tree below its five kinds: [(child, parent)]."""
+    pairs = []
+    for kind, groups in TREE.items():
+        for group, leaves in groups.items():
+            pairs.append((group, kind))
+            pairs += [(leaf, group) for leaf in leaves.split()]
+    return pairs
+
+
+def statement_document(rng):
+    """Draw a few statements about the taxonomy -> (text, nats)."""
+    pairs = edges()
+    statements = []
+    nats = 0.0
+    for _ in range(N_STATEMENTS):
+        child, parent = pairs[int(len(pairs) * rng.random())]
+        wording = pick(rng, STATEMENTS)
+        text = wording.text.format(child=with_article(child), parent=with_article(parent))
+        statements.append(capital(text))
+        nats += log(len(pairs)) + wording.nats
+    return " ".join(statements), nats
+
+
+class Problem(NamedTuple):
+    """A problem in arithmetic and its solution."""
+
+    sentences: list  # what is told; the first sentence gives the number at the beginning
+    question: str
+    steps: list  # one equation for each operation: ["7-2=5", "5+5=10"]
+    answer: int
+    nats: float  # -log p of all draws, but for the number of operations
+
+
+class Uniform:
+    """Draws from lists, each member equally likely, and adds up -log p of what was drawn."""
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.nats = 0.0
+
+    def __call__(self, options):
+        self.nats += log(len(options))
+        return options[int(len(options) * self.rng.random())]
+
+
+def calculate(sign, a, b):
+    """a + b, a - b or a * b."""
+    if sign == "+":
+        return a + b
+    if sign == "-":
+        return a - b
+    return a * b
+
+
+def possible_numbers(sign, value):
+    """The numbers that an operation may add to `value`, take away from it, or multiply it by, so
+    that the result is from 1 to LARGEST."""
+    numbers = [2] if sign == "*" else range(1, LARGEST_DRAWN + 1)
+    return [n for n in numbers if 1 <= calculate(sign, value, n) <= LARGEST]
+
+
+def draw_problem(rng, operations):
+    """Draw a problem with this number of operations -> Problem."""
+    draw = Uniform(rng)
+    name = draw(SLOTS["hero"])
+    things = plural(draw(SLOTS["thing"]))
+    value = draw(FIRST_NUMBERS)
+    new_names = [other for other in SLOTS["hero"] if other != name]
+
+    sentences = [START.format(name=name, n=value, things=things)]
+    steps = []
+    for _ in range(operations):
+        # An operation that would leave the range of numbers cannot be drawn.
+        possible = [option for option in OPERATIONS if possible_numbers(option[0], value)]
+        sign, sentence = draw(possible)
+        n = 2 if sign == "*" else draw(possible_numbers(sign, value))
+        other = None
+        if "{other}" in sentence:
+            other = draw(new_names)
+            new_names.remove(other)
+
+        sentences.append(sentence.format(name=name, other=other, n=n))
+        result = calculate(sign, value, n)
+        steps.append(f"{value}{sign}{n}={result}")
+        value = result
+        if any(word in sentence for word in COMPARISONS):
+            name = other
+
+    # A distractor comes somewhere after the first sentence.
+    nats = draw.nats
+    if operations >= 3:
+        if rng.random() < P_DISTRACTOR:
+            other_things = [thing for thing in SLOTS["thing"] if plural(thing) != things]
+            distractor = START.format(
+                name=draw(new_names),
+                n=draw(FIRST_NUMBERS),
+                things=plural(draw(other_things)),
+            )
+            sentences.insert(draw(range(1, operations + 2)), distractor)
+            nats = draw.nats - log(P_DISTRACTOR)
+        else:
+            nats -= log(1 - P_DISTRACTOR)
+
+    question = QUESTION.format(name=name, things=things)
+    return Problem(sentences, question, steps, value, nats)
+
+
+def request(problem, in_steps):
+    """The text that asks for the solution of a problem."""
+    text = " ".join([*problem.sentences, problem.question])
+    return text + STEP_BY_STEP if in_steps else text
+
+
+def solution(steps, answer, in_steps):
+    """The steps and the answer, or the answer alone."""
+    sentences = [step + "." for step in steps] if in_steps else []
+    return " ".join([*sentences, CONCLUSION.format(n=answer)])
+
+
+def problem_held_out(problem):
+    """Does a problem belong to validation? Its first sentence decides."""
+    return held_out(problem.sentences[0])
+
+
+@functools.cache
+def held_out_problems():
+    """The probability that a problem, drawn at random, belongs to validation: an exact count."""
+    held = 0
+    total = 0
+    for name, thing, n in product(SLOTS["hero"], SLOTS["thing"], FIRST_NUMBERS):
+        held += held_out(START.format(name=name, things=plural(thing), n=n))
+        total += 1
+    return held / total
+
+
+def problem_document(rng):
+    """Draw a problem and below it its solution -> (text, nats). The solution itself is certain: a
+    reader who can calculate needs 0 nats for it."""
+    operations = rng.randint(1, MOST_OPERATIONS)
+    problem = draw_problem(rng, operations)
+    while problem_held_out(problem):
+        problem = draw_problem(rng, operations)
+
+    text = request(problem, True) + "\n" + solution(problem.steps, problem.answer, True)
+    return text, problem.nats + log(MOST_OPERATIONS) + log(1 - held_out_problems())
+
+
+DOCUMENTS = {
+    "story": story_document,
+    "statement": statement_document,
+    "problem": problem_document,
+}
+
+
+class Document(NamedTuple):
+    """One entry of train.txt or val.txt."""
+
+    kind: str
+    text: str
+    nats: float  # -log p(text)
+
+
+def document(rng):
+    """Draw an entry of train.txt or val.txt -> Document."""
+    kind = pick(rng, [(p, kind) for kind, p in P_KIND.items()])
+    text, nats = DOCUMENTS[kind.text](rng)
+    return Document(kind.text, text, kind.nats + nats)
 
 
 def patterns():
@@ -340,7 +574,7 @@ def draw_brief(rng, val):
     while True:
         slots = draw_slots(rng)
         level = pick(rng, BRIEFS).index + 1
-        if held_out(brief(slots, level)) == val:
+        if brief_held_out(slots, level) == val:
             return fixed_slots(slots, level), level
 
 
@@ -393,6 +627,7 @@ class Exercise(NamedTuple):
     instruction: str
     input: str
     output: str
+    composition: str = ""  # what must be new in validation; empty: instruction and input
 
 
 def qa(rng, level):
@@ -434,10 +669,9 @@ def count(rng, level):
 
 def add(rng, level):
     """The sum of two numbers."""
-    first_range = {1: (0, 9), 2: (10, 19), 3: (10, 29)}
-    second_range = {1: (0, 9), 2: (0, 9), 3: (10, 29)}
+    first_range = {1: (2, 9), 2: (10, 19), 3: (20, 49)}
     a = rng.randint(*first_range[level])
-    b = rng.randint(*second_range[level])
+    b = rng.randint(1, LARGEST_DRAWN)
     return Exercise(f"What is {a} plus {b}?", "", str(a + b))
 
 
@@ -460,30 +694,36 @@ def spell(rng, level):
     return Exercise(f"Spell the word {word}.", "", "-".join(word))
 
 
+# The questions of is_a, in words that the text does not use.
+IS_A = {
+    1: ["What sort of thing is {child}?", "How would you classify {child}?"],
+    2: [
+        "In general, what sort of thing is {child}?",
+        "In general, how would you classify {child}?",
+    ],
+    3: ["Explain what {child} is.", "Explain how you would classify {child}."],
+}
+
+
 def is_a(rng, level):
-    """A question about the taxonomy. Level 1 asks about kinds (is a fox a kind of animal?), level 2
-    about groups, and level 3 about groups of the same kind (is a fox a kind of pet?)."""
+    """A question about the taxonomy. Level 1 goes one step up the tree (a fox is a wild animal).
+    Level 2 goes two steps at once (a fox is an animal), which the text never says. Level 3 asks for
+    both steps, one after the other. In validation, no question of this level has been asked about
+    the same thing before."""
     kind = rng.choice(list(TREE))
     group = rng.choice(list(TREE[kind]))
+    leaf = rng.choice(TREE[kind][group].split())
+    child, parent, grandparent = [with_article(noun) for noun in (leaf, group, kind)]
 
     if level == 1:
-        truth = kind
-        candidates = list(TREE)
+        answer = parent
     elif level == 2:
-        truth = group
-        candidates = [group for groups in TREE.values() for group in groups]
+        answer = grandparent
     else:
-        truth = group
-        candidates = list(TREE[kind])
+        answer = capital(f"{child} is {parent}. ") + capital(f"{parent} is {grandparent}.")
 
-    # Half of the answers are "yes".
-    asked = truth
-    if rng.random() >= 0.5:
-        asked = rng.choice([name for name in candidates if name != truth])
-
-    word = rng.choice(TREE[kind][group].split())
-    answer = "yes" if asked == truth else "no"
-    return Exercise(f"Is a {word} a kind of {asked}?", "", answer)
+    question = rng.choice(IS_A[level]).format(child=child)
+    return Exercise(question, "", answer, f"is_a {level} {leaf}")
 
 
 SKILLS = {
@@ -500,10 +740,11 @@ SKILLS = {
 def skill_record(rng, val):
     """One exercise on one side of the split."""
     while True:
-        task = rng.choice(list(SKILLS))
+        task = rng.choice([*SKILLS, "is_a"])  # is_a twice: a question for each edge and each word
         level = rng.randint(1, 3)
         exercise = SKILLS[task](rng, level)
-        if held_out(exercise.instruction, exercise.input) == val:
+        composition = exercise.composition or exercise.instruction + "\n" + exercise.input
+        if held_out(composition) == val:
             break
 
     return {
@@ -513,6 +754,60 @@ def skill_record(rng, val):
         "task": task,
         "level": level,
         "check": {"answer": exercise.output},
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Instructions, third kind: problems in arithmetic, with the answer alone or with its steps
+
+
+def wrong_steps(rng, steps):
+    """The same steps with an error in one of them. The steps after it go on from the wrong number.
+
+    ["7-2=5", "5+5=10"] -> ["7-2=6", "6+5=11"]
+    """
+    # An error that leads out of the range of numbers is drawn again.
+    while True:
+        bad = rng.randrange(len(steps))
+        error = rng.choice([-10, -2, -1, 1, 2, 10])
+
+        value = int(re.match(r"\d+", steps[0])[0])
+        spoiled = []
+        results = []
+        for i, step in enumerate(steps):
+            sign, n = re.search(r"([-+*])(\d+)=", step).groups()
+            result = calculate(sign, value, int(n))
+            if i == bad:
+                result += error
+            spoiled.append(f"{value}{sign}{n}={result}")
+            results.append(result)
+            value = result
+        if min(results) >= 1 and max(results) <= LARGEST:
+            return spoiled
+
+
+def problem_record(rng, val, wrong, operations, in_steps):
+    """One problem with its solution. A solution for training has an error with probability
+    `wrong`; those for validation have none."""
+    problem = draw_problem(rng, operations)
+    while problem_held_out(problem) != val:
+        problem = draw_problem(rng, operations)
+
+    steps = problem.steps
+    if not val and rng.random() < wrong:
+        steps = wrong_steps(rng, steps)
+    answer = steps[-1].split("=")[1]
+
+    check = {"number": str(problem.answer)}
+    if in_steps:
+        check["steps"] = problem.steps
+    return {
+        "instruction": request(problem, in_steps),
+        "input": "",
+        "output": solution(steps, answer, in_steps),
+        "task": "problem" if in_steps else "problem_at_once",
+        "level": operations,
+        "check": check,
     }
 
 
@@ -690,25 +985,55 @@ def write_lines(path, lines):
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def write_stories(cfg, path, number):
-    """Write stories with a blank line between them. Returns the entropy in nats per byte.
+class Entropy(NamedTuple):
+    """The true entropy of a file, in nats per byte."""
 
-    The stories are independent of each other, and the blank lines are certain. So the nats of the
-    whole file are the sum of the nats of its stories.
+    all: float  # of the whole file
+    by_kind: dict  # of the documents of each kind, without the blank lines between them
+
+
+def write_documents(cfg, path, number):
+    """Write documents with a blank line between them -> Entropy.
+
+    The documents are independent of each other, and the blank lines are certain. So the nats of
+    the whole file are the sum of the nats of its documents.
     """
     rng = generator(cfg, path)
     documents = [document(rng) for _ in range(number)]
-    text = "\n\n".join(text for text, _ in documents)
+    text = "\n\n".join(entry.text for entry in documents)
     write_text(path, text)
-    return sum(nats for _, nats in documents) / len(text.encode())
+
+    by_kind = {}
+    for kind in P_KIND:
+        of_kind = [entry for entry in documents if entry.kind == kind]
+        if of_kind:
+            size = sum(len(entry.text.encode()) for entry in of_kind)
+            by_kind[kind] = sum(entry.nats for entry in of_kind) / size
+    return Entropy(sum(entry.nats for entry in documents) / len(text.encode()), by_kind)
 
 
-def write_instructions(cfg, path, stories, skills):
-    """Write this many stories and this many exercises, shuffled."""
+def write_instructions(cfg, path, stories, skills, problems):
+    """Write this many stories, exercises and problems, shuffled."""
     rng = generator(cfg, path)
     val = is_validation(path)
     records = [story_record(rng, val, cfg.wrong) for _ in range(stories)]
     records += [skill_record(rng, val) for _ in range(skills)]
+    for _ in range(problems):
+        operations = rng.randint(1, MOST_OPERATIONS)
+        in_steps = rng.random() < 0.8
+        records.append(problem_record(rng, val, cfg.wrong, operations, in_steps))
+    rng.shuffle(records)
+    write_lines(path, [json.dumps(record) for record in records])
+
+
+def write_problems(cfg, path, number, most_operations):
+    """Write problems that are solved in steps, as many of each number of operations."""
+    rng = generator(cfg, path)
+    val = is_validation(path)
+    records = []
+    for i in range(number):
+        operations = 1 + i % most_operations
+        records.append(problem_record(rng, val, cfg.wrong, operations, in_steps=True))
     rng.shuffle(records)
     write_lines(path, [json.dumps(record) for record in records])
 
@@ -728,14 +1053,8 @@ def write_preferences(cfg, path, number):
 
 
 def taxonomy():
-    """The edges of the tree, from the top down: [(child, parent)]."""
-    edges = [(kind, "thing") for kind in TREE]
-    for kind, groups in TREE.items():
-        edges += [(group, kind) for group in groups]
-    for groups in TREE.values():
-        for group, leaves in groups.items():
-            edges += [(leaf, group) for leaf in leaves.split()]
-    return edges
+    """The edges of the whole tree, from the top down: [(child, parent)]."""
+    return [(kind, "thing") for kind in TREE] + edges()
 
 
 def event_facts():
@@ -750,14 +1069,18 @@ def event_facts():
 def write_world(cfg, folder):
     """Write every file of the world into `folder`, facts.json last. Returns the facts."""
     counts = {
-        "train": 14_000,
-        "val": 700,
+        "train": 18_000,
+        "val": 900,
         "preferences": 12_000,
         "preferences_val": 1000,
-        "stories": 6000,
-        "skills": 6000,
+        "stories": 4800,
+        "skills": 6400,
+        "problems": 2400,
         "stories_val": 1000,
         "skills_val": 600,
+        "problems_val": 600,
+        "laboratory": 12_000,
+        "laboratory_val": 1600,
     }
     counts = {name: max(1, round(number * cfg.scale)) for name, number in counts.items()}
 
@@ -766,8 +1089,10 @@ def write_world(cfg, folder):
         "seed": cfg.seed,
         "tau": cfg.tau,
         "wrong": cfg.wrong,
+        "p_kind": P_KIND,
         "p_brief": P_BRIEF,
         "held_out_share": held_out_share(),
+        "held_out_problems": held_out_problems(),
         "briefs": BRIEFS,
         "counts": counts,
         "events": event_facts(),
@@ -778,13 +1103,20 @@ def write_world(cfg, folder):
     # The judge of the preferences already needs the patterns.
     write_text(folder / "facts.json", json.dumps(facts))
 
-    write_stories(cfg, folder / "train.txt", counts["train"])
-    entropy = write_stories(cfg, folder / "val.txt", counts["val"])
+    write_documents(cfg, folder / "train.txt", counts["train"])
+    entropy = write_documents(cfg, folder / "val.txt", counts["val"])
 
     path = folder / "instructions.jsonl"
-    write_instructions(cfg, path, counts["stories"], counts["skills"])
+    write_instructions(cfg, path, counts["stories"], counts["skills"], counts["problems"])
     path = folder / "instructions_val.jsonl"
-    write_instructions(cfg, path, counts["stories_val"], counts["skills_val"])
+    write_instructions(
+        cfg, path, counts["stories_val"], counts["skills_val"], counts["problems_val"]
+    )
+
+    path = folder / "problems.jsonl"
+    write_problems(cfg, path, counts["laboratory"], 6)
+    path = folder / "problems_val.jsonl"
+    write_problems(cfg, path, counts["laboratory_val"], 8)
 
     write_preferences(cfg, folder / "preferences.jsonl", counts["preferences"])
     path = folder / "preferences_val.jsonl"
@@ -792,7 +1124,8 @@ def write_world(cfg, folder):
 
     write_lines(folder / "taxonomy.tsv", [f"{child}\t{parent}" for child, parent in taxonomy()])
 
-    facts["true_nats_per_byte"] = entropy  # of val.txt
+    facts["true_nats_per_byte"] = entropy.all  # of val.txt
+    facts["true_nats_per_byte_by_kind"] = entropy.by_kind
     facts["bayes_accuracy"] = bayes_accuracy  # of preferences_val.jsonl
     write_text(folder / "facts.json", json.dumps(facts, indent=1) + "\n")
     return facts
@@ -830,7 +1163,7 @@ if __name__ == "__main__":
         facts = write_world(cfg, Path(folder))
         replace_world(Path(folder), out)
 
-    stories = facts["counts"]["train"]
+    documents = facts["counts"]["train"]
     entropy = facts["true_nats_per_byte"]
-    print(f"{out}: {stories} stories and the other files in {time() - start:.1f} s")
+    print(f"{out}: {documents} documents and the other files in {time() - start:.1f} s")
     print(f"true entropy {entropy:.4f} nats per byte, Bayes accuracy {facts['bayes_accuracy']:.4f}")

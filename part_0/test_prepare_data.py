@@ -28,6 +28,8 @@ FILES = [
     "val.txt",
     "instructions.jsonl",
     "instructions_val.jsonl",
+    "problems.jsonl",
+    "problems_val.jsonl",
     "preferences.jsonl",
     "preferences_val.jsonl",
     "taxonomy.tsv",
@@ -96,8 +98,109 @@ def readings_of(facts, sentence):
     return readings
 
 
+def kind_of(text):
+    """Is a document a story, a few statements, or a problem?"""
+    if "Think step by step.\n" in text:
+        return "problem"
+    return "story" if re.search(r"\bnamed\b", text) else "statement"
+
+
 def nats_from_text(facts, text):
     """-log p of a document, from its text and facts.json alone."""
+    read = {"story": nats_of_story, "statement": nats_of_statements, "problem": nats_of_problem}
+    kind = kind_of(text)
+    return read[kind](facts, text) - math.log(facts["p_kind"][kind])
+
+
+def nats_of_statements(facts, text):
+    """Six statements, each one of 72 edges in one of four wordings."""
+    statements = split_sentences(text)  # "What is a fox? It is a wild animal." is one
+    assert len(statements) == 6, text
+    return len(statements) * math.log(72 * 4)
+
+
+# How a sentence of a problem changes the number: the sign, and the regex of the sentence.
+CHANGES = [
+    ("+", r"(?P<name>\w+) found (?P<n>\d+) more\."),
+    ("+", r"(?P<other>\w+) gave (?P<name>\w+) (?P<n>\d+) more\."),
+    ("-", r"(?P<name>\w+) lost (?P<n>\d+)\."),
+    ("-", r"(?P<name>\w+) gave (?P<n>\d+) to (?P<other>\w+)\."),
+    ("*", r"Then (?P<name>\w+) had (?P<n>twice) as many\."),
+    ("+", r"(?P<next>\w+) had (?P<n>\d+) more than (?P<name>\w+)\."),
+    ("-", r"(?P<next>\w+) had (?P<n>\d+) fewer than (?P<name>\w+)\."),
+]
+BEGINNING = r"(\w+) had (\d+) (\w+)\."
+
+
+class Solved(NamedTuple):
+    """A problem that was solved from its words."""
+
+    steps: list
+    nats: float  # -log p of the problem, given how many operations it has
+
+
+def solve(text):
+    """Reads a problem sentence by sentence, keeps the number, and counts what else could have been
+    drawn at each point -> Solved."""
+    *sentences, question = re.split(r"(?<=\.) ", text.removesuffix(" Think step by step."))
+    name, value, things = re.fullmatch(BEGINNING, sentences[0]).groups()
+    value = int(value)
+    assert 2 <= value <= 20
+    nats = math.log(20 * 16 * 19)  # who, what, and a number from 2 to 20
+    names = 19  # people who are not in the problem yet
+
+    steps = []
+    distractors = 0
+    for sentence in sentences[1:]:
+        if re.fullmatch(BEGINNING, sentence):
+            distractors += 1
+            assert things not in sentence
+            continue
+
+        fitting = [(sign, re.fullmatch(regex, sentence)) for sign, regex in CHANGES]
+        [(sign, match)] = [(sign, match) for sign, match in fitting if match]
+        found = match.groupdict()
+        assert found["name"] == name, text
+
+        # From 1 to 99: three operations add, three take away, and one doubles.
+        possible = 3 * (value < 99) + 3 * (value > 1) + (2 * value <= 99)
+        nats += math.log(possible)
+        if sign == "*":
+            n, result = 2, 2 * value
+        else:
+            n = int(found["n"])
+            result = value + n if sign == "+" else value - n
+            nats += math.log(min(9, 99 - value if sign == "+" else value - 1))
+        assert 1 <= result <= 99
+        steps.append(f"{value}{sign}{n}={result}")
+        value = result
+
+        if found.get("other") or found.get("next"):
+            nats += math.log(names)
+            names -= 1
+        name = found.get("next") or name
+
+    if len(steps) >= 3:
+        nats += math.log(2)
+    if distractors:
+        # Who, how many, what else, and after which sentence.
+        nats += math.log(names * 19 * 15 * (len(steps) + 1))
+    assert distractors <= (len(steps) >= 3), text
+    assert question == f"How many {things} did {name} have in the end?"
+    return Solved(steps, nats)
+
+
+def nats_of_problem(facts, text):
+    """A problem with one, two or three operations, and its solution, which is certain."""
+    asked, solution = text.split("\n")
+    solved = solve(asked)
+    answer = solved.steps[-1].split("=")[1]
+    assert solution == " ".join(step + "." for step in solved.steps) + f" The answer is {answer}."
+    return solved.nats + math.log(3) + math.log(1 - facts["held_out_problems"])
+
+
+def nats_of_story(facts, text):
+    """-log p of a story."""
     vocabulary = facts["vocabulary"]
     nats = 0.0
     for slot in ("hero", "animal", "place", "colour", "thing", "ends"):
@@ -143,9 +246,13 @@ def nats_from_text(facts, text):
 
 def test_text_alone_gives_back_the_probability(facts):
     rng = Random(1)
-    for _ in range(200):
-        text, nats = prepare_data.document(rng)
-        assert nats == pytest.approx(nats_from_text(facts, text), rel=1e-10)
+    kinds = Counter()
+    for _ in range(400):
+        document = prepare_data.document(rng)
+        assert document.nats == pytest.approx(nats_from_text(facts, document.text), rel=1e-10)
+        assert kind_of(document.text) == document.kind
+        kinds[document.kind] += 1
+    assert set(kinds) == set(prepare_data.P_KIND)
 
 
 def test_entropy_of_val_is_what_facts_say(folder, facts):
@@ -153,6 +260,12 @@ def test_entropy_of_val_is_what_facts_say(folder, facts):
     nats = sum(nats_from_text(facts, document) for document in documents)
     size = len((folder / "val.txt").read_bytes())
     assert facts["true_nats_per_byte"] == pytest.approx(nats / size, rel=1e-9)
+
+    for kind, entropy in facts["true_nats_per_byte_by_kind"].items():
+        of_kind = [document for document in documents if kind_of(document) == kind]
+        nats = sum(nats_from_text(facts, document) for document in of_kind)
+        size = sum(len(document) for document in of_kind)
+        assert entropy == pytest.approx(nats / size, rel=1e-9)
 
 
 def entropy(*probabilities):
@@ -180,7 +293,7 @@ def test_mean_nats_approach_the_entropy_by_hand(monkeypatch):
     monkeypatch.setattr(prepare_data, "held_out_share", lambda: 0.0)
 
     rng = Random(2)
-    nats = [prepare_data.document(rng)[1] for _ in range(4000)]
+    nats = [prepare_data.story_document(rng)[1] for _ in range(4000)]
     mean = sum(nats) / len(nats)
     standard_error = math.sqrt(sum((x - mean) ** 2 for x in nats)) / len(nats)
     assert abs(mean - by_hand) < 4 * standard_error
@@ -192,7 +305,7 @@ def test_share_of_briefs_that_are_held_out_is_exact():
     held = []
     for animal in vocabulary["animal"]:
         for hero in vocabulary["hero"]:
-            held.append(prepare_data.held_out(f"Write a story about a {animal} named {hero}."))
+            held.append(prepare_data.held_out(f"Write a story about a {animal} named {hero}.\n"))
     level_1 = sum(held) / len(held)
 
     # The two other levels have so many briefs that their shares are close to a tenth.
@@ -216,20 +329,37 @@ def test_probabilities_of_all_documents_add_up_to_one(monkeypatch):
     monkeypatch.setattr(prepare_data, "END_IT", {"happy": " End it happily."})
 
     held = ["Of Tom.\n", "Of Mia.\n", "Of Ben now.\n"]
-    monkeypatch.setattr(
-        prepare_data, "held_out", lambda text, input="": text.split(" End it ")[0] + "\n" in held
-    )
+    monkeypatch.setattr(prepare_data, "held_out", lambda composition: composition in held)
     prepare_data.held_out_share.cache_clear()
     try:
         assert prepare_data.held_out_share() == pytest.approx(0.3 * 2 / 4 + 0.7 * 1 / 4)
         rng = Random(0)
-        documents = dict(prepare_data.document(rng) for _ in range(3000))
+        documents = dict(prepare_data.story_document(rng) for _ in range(3000))
     finally:
         prepare_data.held_out_share.cache_clear()
 
     assert len(documents) == 8 + 10  # without a brief, and with one of the five that remain
     assert sum(math.exp(-nats) for nats in documents.values()) == pytest.approx(1, rel=1e-9)
     assert not any(text.startswith(brief) for text in documents for brief in held)
+
+
+def test_probabilities_of_all_short_problems_add_up_to_one(monkeypatch):
+    """Few people, things and numbers: chance meets every problem of one or two operations."""
+    slots = {**prepare_data.SLOTS, "hero": ["Tom", "Mia", "Ben"], "thing": ["plum", "ball"]}
+    monkeypatch.setattr(prepare_data, "SLOTS", slots)
+    monkeypatch.setattr(prepare_data, "FIRST_NUMBERS", [2, 3])
+    monkeypatch.setattr(prepare_data, "LARGEST_DRAWN", 1)
+    monkeypatch.setattr(prepare_data, "LARGEST", 4)
+    monkeypatch.setattr(prepare_data, "MOST_OPERATIONS", 2)
+    monkeypatch.setattr(prepare_data, "held_out", lambda sentence: "Tom had 2" in sentence)
+    prepare_data.held_out_problems.cache_clear()
+    try:
+        assert prepare_data.held_out_problems() == pytest.approx(2 / 12)
+        rng = Random(0)
+        documents = dict(prepare_data.problem_document(rng) for _ in range(20_000))
+    finally:
+        prepare_data.held_out_problems.cache_clear()
+    assert sum(math.exp(-nats) for nats in documents.values()) == pytest.approx(1, rel=1e-9)
 
 
 def test_entropy_of_a_world_of_eight_documents(monkeypatch, tmp_path):
@@ -249,16 +379,18 @@ def test_entropy_of_a_world_of_eight_documents(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare_data, "NEXT", [[(1.0, "ran.")], [(1.0, "swam.")]])
     ending = {"happy": [(1.0, "good.")], "sad": [(1.0, "bad.")]}
     monkeypatch.setattr(prepare_data, "ENDING", ending)
+    monkeypatch.setattr(prepare_data, "P_KIND", {"story": 1.0})
 
     cfg = parse_args(prepare_data.Config, argv=[])
-    nats_per_byte = prepare_data.write_stories(cfg, tmp_path / "val.txt", 64)
+    nats_per_byte = prepare_data.write_documents(cfg, tmp_path / "val.txt", 64).all
     assert len(set(read_documents(tmp_path / "val.txt"))) == 8
     size = len((tmp_path / "val.txt").read_bytes())
     assert nats_per_byte == pytest.approx(64 * 3 * math.log(2) / size, rel=1e-12)
 
 
 def test_events_come_as_often_as_they_should(folder, facts):
-    stories = [document.split("\n")[-1] for document in read_documents(folder / "train.txt")]
+    documents = read_documents(folder / "train.txt")
+    stories = [text.split("\n")[-1] for text in documents if kind_of(text) == "story"]
     for event in facts["events"]:
         regex = re.sub(r"\{\w+\}", r"\\w+", event["sentence"])
         observed = sum(re.search(regex, story) is not None for story in stories)
@@ -284,7 +416,7 @@ def test_right_stories_pass_all_checks(folder):
 def test_stories_obey_the_brief_above_them(folder):
     regex = r"about a (\w+) named (\w+)(?: and the (\w+ \w+))?(?: in (\w+))?\. "
     for document in read_documents(folder / "train.txt"):
-        if "\n" not in document:
+        if "\n" not in document or kind_of(document) != "story":
             continue
         brief, story = document.split("\n")
         must = [word for word in re.search(regex, brief).groups() if word]
@@ -389,12 +521,21 @@ def answer_to_skill(record, parents):
         return "-".join(question[-1])
 
     assert task == "is_a"
-    ancestors = []
-    node = question[2]
-    while node in parents:
-        node = parents[node]
-        ancestors.append(node)
-    return "yes" if question[-1] in ancestors else "no"
+    child = next(word for word in question if word in parents)
+    parent = parents[child]
+    grandparent = parents[parent]
+    if record["level"] < 3:
+        return article(parent if record["level"] == 1 else grandparent)
+    first = f"{article(child)} is {article(parent)}."
+    second = f"{article(parent)} is {article(grandparent)}."
+    return f"{first[0].upper()}{first[1:]} {second[0].upper()}{second[1:]}"
+
+
+def article(noun):
+    """The noun with its article, unless it is a city."""
+    if noun[0].isupper():
+        return noun
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def test_skills_are_answered_right(folder):
@@ -403,19 +544,106 @@ def test_skills_are_answered_right(folder):
     records += read_records(folder / "instructions_val.jsonl")
 
     levels = defaultdict(set)
-    is_a_answers = Counter()
     for record in records:
-        if record["task"] == "story":
+        if record["task"] not in prepare_data.SKILLS:
             continue
         assert record["output"] == answer_to_skill(record, parents), record
         assert judge(record, record["output"]).passed, record
         levels[record["task"]].add(record["level"])
-        if record["task"] == "is_a":
-            is_a_answers[record["output"]] += 1
 
     assert levels == {task: {1, 2, 3} for task in prepare_data.SKILLS}
-    assert set(is_a_answers) == {"yes", "no"}
-    assert 0.35 < is_a_answers["yes"] / is_a_answers.total() < 0.65
+
+
+def test_statements_are_the_edges_of_the_tree_in_four_wordings(folder):
+    """Every edge below the five kinds in every wording, and nothing else."""
+    expected = set()
+    for child, parent in read_taxonomy(folder):
+        if parent == "thing":
+            continue
+        child, parent = article(child), article(parent)
+        expected.add(f"{child[0].upper()}{child[1:]} is {parent}.")
+        expected.add(f"Everybody knows that {child} is {parent}.")
+        expected.add(f"We call {child} {parent}.")
+        expected.add(f"What is {child}? It is {parent}.")
+    assert len(expected) == 72 * 4
+
+    said = Counter()
+    for text in read_documents(folder / "train.txt"):
+        if kind_of(text) == "statement":
+            said.update(split_sentences(text))
+    assert set(said) <= expected and len(said) > 250
+
+
+def test_questions_about_the_taxonomy_use_other_words_than_the_text(folder):
+    text = (folder / "train.txt").read_text()
+    for record in read_records(folder / "instructions.jsonl"):
+        if record["task"] == "is_a":
+            assert record["instruction"] not in text
+            if record["level"] == 2:
+                child = record["instruction"].removesuffix("?").split(" thing is ")[-1]
+                assert f"{child} is {record['output']}." not in text
+
+
+def problems_of(folder, name):
+    """The problems in a file of instructions."""
+    records = read_records(folder / name)
+    return [record for record in records if record["task"].startswith("problem")]
+
+
+def test_problems_are_solved_right(folder):
+    """Each problem is solved from its words. Its check has the steps and the number, and in
+    validation the demonstration passes."""
+    levels = defaultdict(set)
+    for name in FILES[2:6]:
+        for record in problems_of(folder, name):
+            solved = solve(record["instruction"])
+            assert record["level"] == len(solved.steps)
+            levels[name].add(record["level"])
+            assert record["check"]["number"] == solved.steps[-1].split("=")[1]
+
+            in_steps = record["task"] == "problem"
+            assert record["instruction"].endswith("Think step by step.") == in_steps
+            assert record["check"].get("steps") == (solved.steps if in_steps else None)
+            if name.endswith("_val.jsonl"):
+                verdict = judge(record, record["output"])
+                assert verdict.passed and (not in_steps or all(verdict.steps)), record
+
+    assert levels["instructions.jsonl"] == levels["instructions_val.jsonl"] == {1, 2, 3}
+    assert levels["problems.jsonl"] == set(range(1, 7))
+    assert levels["problems_val.jsonl"] == set(range(1, 9)), "longer than any in training"
+
+
+def test_a_quarter_of_the_solved_problems_has_one_error(folder):
+    records = problems_of(folder, "problems.jsonl")
+    wrong = [record for record in records if not all(judge(record, record["output"]).steps)]
+    standard_deviation = math.sqrt(0.25 * 0.75 * len(records))
+    assert abs(len(wrong) - 0.25 * len(records)) < 4 * standard_deviation
+
+    for record in wrong:
+        # One step is miscalculated, and the others go on from it.
+        errors = 0
+        value = None
+        for step in record["output"].split(". The")[0].split(". "):
+            left, result = step.split("=")
+            errors += eval(left) != int(result)
+            assert value in (None, re.split(r"[-+*]", left)[0])
+            value = result
+        assert errors == 1, record
+        assert record["output"].endswith(f"The answer is {value}.")
+
+
+def test_no_held_out_problem_is_in_the_pretraining_text(folder):
+    """The first sentence decides: no problem of the text or of training begins like one of those
+    for validation."""
+    first = {"train": set(), "val": set()}
+    for name in ("train.txt", "val.txt"):
+        texts = [text for text in read_documents(folder / name) if kind_of(text) == "problem"]
+        first["train"] |= {text.split(". ")[0] for text in texts}
+    for name in FILES[2:6]:
+        side = "val" if name.endswith("_val.jsonl") else "train"
+        first[side] |= {r["instruction"].split(". ")[0] for r in problems_of(folder, name)}
+    assert len(first["train"]) > 500 and len(first["val"]) > 100
+    assert not first["train"] & first["val"]
 
 
 def test_taxonomy_is_one_tree_of_four_levels(folder):
@@ -456,10 +684,10 @@ def test_no_held_out_brief_is_in_the_pretraining_text(folder):
     briefs = set()
     for name in ("train.txt", "val.txt"):
         for document in read_documents(folder / name):
-            if "\n" in document:
+            if "\n" in document and kind_of(document) == "story":
                 briefs.add(document.split("\n")[0].split(" End it ")[0])
     assert len(briefs) > 500
-    assert not any(prepare_data.held_out(brief) for brief in briefs)
+    assert not any(prepare_data.held_out(brief + "\n") for brief in briefs)
 
     for name in ("instructions_val.jsonl", "preferences_val.jsonl"):
         for record in read_records(folder / name):

@@ -623,6 +623,53 @@ def test_judge_of_exact_answers():
     assert shared.judge({"output": "x"}, "x") is None
 
 
+SOLVED = {"check": {"number": "10", "steps": ["7-2=5", "5*2=10"]}}
+
+
+@pytest.mark.parametrize(
+    "answer, passed, steps",
+    [
+        ("7-2=5. 5*2=10. The answer is 10.", True, [True, True]),
+        ("7 - 2 = 5. 2*5=10. The answer is 10", True, [True, True]),
+        ("2-7=5. 5*2=10. The answer is 10.", True, [False, True]),
+        ("7-2=6. 6*2=12. The answer is 12.", False, [False, False]),
+        ("7-2=5. 5*2=11. The answer is 10.", True, [True, False]),
+        ("7-2=5. 5*2=10. 1+1=2. The answer is 10.", True, [True, True, False]),
+        ("5*2=10. 7-2=5. The answer is 10.", True, [False, False]),
+        ("7-2=5. The answer is 10.", True, [True, False]),
+        ("10", True, [False, False]),
+        ("The answer is 100.", False, [False, False]),
+        ("Ten.", False, [False, False]),
+        ("", False, [False, False]),
+    ],
+)
+def test_judge_of_problems(answer, passed, steps):
+    verdict = shared.judge(SOLVED, answer)
+    assert verdict.passed == passed
+    assert verdict.steps == steps
+
+
+def test_a_right_number_must_have_ended_and_needs_no_steps():
+    assert not shared.judge(SOLVED, "The answer is 10", ended=False).passed
+    verdict = shared.judge({"check": {"number": "10"}}, "7-2=5. The answer is 10.")
+    assert verdict.passed and verdict.steps is None
+
+
+@pytest.mark.parametrize(
+    "check, message",
+    [
+        ({"number": 10}, "'number' must be a string of digits, got 10"),
+        ({"number": "ten"}, "'number' must be a string of digits"),
+        ({"number": "1", "steps": "0+1=1"}, "'steps' must be a list of equations like 7-2=5"),
+        ({"number": "1", "steps": ["0+1"]}, "'steps' must be a list of equations like 7-2=5"),
+        ({"number": "1", "steps": [1]}, "'steps' must be a list of equations like 7-2=5"),
+    ],
+)
+def test_a_wrong_check_of_a_problem_is_one_line(check, message):
+    assert message in shared.check_problem(check)
+    assert shared.check_problem(SOLVED["check"]) is None
+
+
 def test_judge_splits_at_every_mark_that_ends_a_sentence():
     record = {"check": {"no_repeat": True}}
     assert not shared.judge(record, "Go! Go! Go!").passed

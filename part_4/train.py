@@ -70,7 +70,7 @@ class Config:
     # data
     data: str = "stories"  # stories (the built-in world), shakespeare (a download) or a text file
     # optimization
-    steps: int = 400  # optimizer steps
+    steps: int = 620  # optimizer steps
     batch_size: int = 24  # sequences per step, over all micro-batches
     accum: int = 1  # micro-batches per step; the gradient is the same, in 1/accum of the memory
     lr: float = 0.01  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr

@@ -30,7 +30,7 @@ PATTERN = "|".join(
     [
         r"'(?i:[sdmt]|ll|ve|re)",  # the end of a contraction: 's, 've
         r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the space or mark before it
-        r"\p{N}{1,3}",  # up to three digits
+        r"\p{N}",  # a single digit
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation, with the line ends after it
         r"\s*[\r\n]",  # white space up to a line end
         r"\s+(?!\S)",  # white space, but for its last character, which belongs to the next word
@@ -49,7 +49,7 @@ SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 def split(text):
     """The pre-tokens of a text. Joined, they are the text again.
 
-    "Hello world's 2026" -> ["Hello", " world", "'s", " ", "202", "6"]
+    "Hello world's 2026" -> ["Hello", " world", "'s", " ", "2", "0", "2", "6"]
     """
     # JSON can carry half of a surrogate pair, which has no UTF-8 form. Like tiktoken, replace it.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

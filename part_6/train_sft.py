@@ -65,7 +65,7 @@ class Config:
     block_size: int = 128  # longest prompt and answer, in tokens; may exceed the base model's
     curriculum: str = "random"  # order of demonstrations: easy_first, random or anti (hard first)
     # optimization
-    steps: int = 400  # optimizer steps
+    steps: int = 440  # optimizer steps
     batch_size: int = 32  # demonstrations per step
     lr: float = 0.01  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
     lr_adamw: float = 3e-3  # learning rate of AdamW, for everything else

@@ -20,9 +20,12 @@ import torch
 import demo_group_size
 import demo_kl_estimators
 import demo_methods
+import demo_reasoning
+import demo_reasoning_grpo
+import demo_test_time
 import train_grpo
 from model import GPT, GPTConfig, RewardModel
-from shared import ROOT, parse_args, require, save_checkpoint
+from shared import ROOT, judge, parse_args, require, save_checkpoint
 from tokenizer import Tokenizer
 
 FOLDER = Path(__file__).resolve().parent
@@ -387,6 +390,220 @@ def test_demo_methods_as_a_script(results):
         assert abs(result["kl"]) < 1e-5
 
 
+# the reasoning laboratory -------------------------------------------------------------------------
+
+PROBLEM = {
+    "instruction": "Tom had 7 plums. Tom lost 2. How many plums? Think step by step.",
+    "input": "",
+    "output": "7-2=5. The answer is 5.",
+    "task": "problem",
+    "level": 1,
+    "check": {"number": "5", "steps": ["7-2=5"]},
+}
+
+
+def answer_of(text):
+    return train_grpo.Answer(list(text.encode()), text, True)
+
+
+def samples_of(texts, records):
+    """Samples as sample() would return them, from N lists of K texts."""
+    verdicts = []
+    for record, group in zip(records, texts):
+        verdicts.append([judge(record, text) for text in group])
+    return demo_reasoning.Samples(
+        right=torch.tensor([[v.passed for v in group] for group in verdicts]),
+        steps_right=torch.tensor([[all(v.steps) for v in group] for group in verdicts]),
+        length=torch.tensor([[len(text) for text in group] for group in texts]),
+        numbers=[[demo_reasoning.last_number(text) for text in group] for group in texts],
+        answers=[[answer_of(text) for text in group] for group in texts],
+    )
+
+
+def test_at_once_asks_the_same_and_shows_the_answer_alone():
+    record = demo_reasoning.at_once(PROBLEM)
+    assert record["instruction"] == "Tom had 7 plums. Tom lost 2. How many plums?"
+    assert record["output"] == "The answer is 5."
+    assert judge(record, record["output"]).passed
+    assert PROBLEM["check"]["steps"] == ["7-2=5"], "the record itself is as it was"
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("7-2=5. The answer is 5.", "5"), ("5", "5"), ("17-2=15", "15"), ("none", ""), ("", "")],
+)
+def test_last_number(text, number):
+    assert demo_reasoning.last_number(text) == number
+
+
+def test_the_arms_read_equally_many_problems_or_tokens():
+    require("data/stories")
+    tok = Tokenizer({bytes([i]): i for i in range(256)})
+    cfg = demo_reasoning.Config(steps=100)
+    read = {}
+    for arm in demo_reasoning.ARMS:
+        records, steps = demo_reasoning.recipe(arm, tok, cfg)
+        read[arm] = (steps, steps * demo_reasoning.mean_tokens(records, tok))
+    in_steps = read[demo_reasoning.IN_STEPS]
+    assert read[demo_reasoning.SAME_PROBLEMS][0] == in_steps[0]
+    assert read[demo_reasoning.SAME_PROBLEMS][1] < 0.9 * in_steps[1]
+    assert read[demo_reasoning.SAME_TOKENS][1] == pytest.approx(in_steps[1], rel=0.02)
+
+
+def test_by_level_is_a_mean_over_the_problems_of_each_level():
+    records = [{"level": 2}, {"level": 1}, {"level": 2}]
+    values = torch.tensor([[True, False], [True, True], [False, False]])
+    assert demo_reasoning.by_level(records, values) == {1: 1.0, 2: 0.25}
+
+
+def test_outcome_and_process_rewards_by_hand():
+    two = {"check": {"number": "10", "steps": ["7-2=5", "5*2=10"]}}
+    right = answer_of("7-2=5. 5*2=10. The answer is 10.")
+    lucky = answer_of("7-2=6. 6+4=10. The answer is 10.")
+    wrong_end = answer_of("7-2=5. 5*2=11. The answer is 11.")
+    rewards = []
+    for answer in (right, lucky, wrong_end):
+        outcome = demo_reasoning_grpo.reward_of(two, answer, process=False)
+        process = demo_reasoning_grpo.reward_of(two, answer, process=True)
+        rewards.append((outcome, process))
+    assert rewards[0] == (1, 1)
+    assert rewards[1] == (1, pytest.approx(1 / 3))
+    assert rewards[2] == (0, pytest.approx(1 / 3))
+
+
+def test_score_of_two_problems_by_hand():
+    other = {**PROBLEM, "level": 2}
+    good, lucky, bad = "7-2=5. The answer is 5.", "The answer is 5.", "7-2=6. The answer is 6."
+    texts = [[good, lucky, bad, bad], [bad, bad, bad, bad], [good, good, good, good]]
+    records = [PROBLEM, PROBLEM, other]
+    score = demo_reasoning_grpo.score(records, samples_of(texts, records), 1)
+    assert score.pass_1 == pytest.approx(2 / 8)
+    assert score.pass_16 == pytest.approx(1 / 2)
+    assert score.steps_right == pytest.approx(1 / 2)
+    lengths = [len(text) for group in texts[:2] for text in group]
+    assert score.length == pytest.approx(sum(lengths) / 8)
+
+
+@pytest.mark.parametrize(
+    "numbers, index",
+    [(["5", "10", "10"], 1), (["5", "10"], 0), (["", "", "7"], 2), (["", ""], 0), (["3"], 0)],
+)
+def test_the_vote_goes_to_the_most_frequent_number(numbers, index):
+    assert demo_test_time.vote(numbers) == index
+
+
+def test_pairs_have_a_right_and_a_wrong_solution():
+    good, bad = "7-2=5. The answer is 5.", "7-2=6. The answer is 6."
+    texts = [[good, bad, bad, good], [good] * 4, [bad, bad, bad, good]]
+    records = [PROBLEM] * 3
+    pairs = demo_test_time.make_pairs(records, samples_of(texts, records), 9)
+    assert len(pairs) == 3
+    for pair in pairs:
+        assert (pair["chosen"], pair["rejected"]) == (good, bad)
+        assert pair["prompt"] == PROBLEM["instruction"]
+    assert len(demo_test_time.make_pairs(records, samples_of(texts, records), 2)) == 2
+
+
+def test_ways_to_choose_by_hand():
+    """In the second problem the reward model likes a wrong answer best."""
+    good, bad = "7-2=5. The answer is 5.", "7-2=6. The answer is 6."
+    texts = [[bad, good, bad, "The answer is 8."], [good, bad, good, good]]
+    records = [PROBLEM] * 2
+    rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
+    curves = demo_test_time.curves_of(samples_of(texts, records), rewards, [1, 4], seed=0)
+    assert curves[demo_test_time.VOTE][1] == 0.5
+    assert curves[demo_test_time.REWARD][1] == 0.5
+    assert curves[demo_test_time.JUDGE][1] == 1.0
+
+    # A single answer is no choice: 1 of 4 and 3 of 4 are right, whoever chooses.
+    for curve in curves.values():
+        assert curve[0] == pytest.approx(0.5, abs=0.2)
+        assert curve[0] == curves[demo_test_time.VOTE][0]
+
+
+def test_rewards_do_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    tok = Tokenizer({bytes([i]): i for i in range(256)})
+    cfg = GPTConfig(vocab_size=tok.vocab_size, block_size=200, n_layer=1, n_head=2, n_embd=8)
+    rm = RewardModel(cfg)
+    torch.nn.init.normal_(rm.lm_head.weight)
+    texts = ["7-2=5. The answer is 5.", "6", "The answer is 60."]
+    answers = [answer_of(text) for text in texts]
+    together = demo_test_time.rewards_of(rm, tok, [PROBLEM], [answers], "cpu")
+    for i, answer in enumerate(answers):
+        alone = demo_test_time.rewards_of(rm, tok, [PROBLEM], [[answer]], "cpu")
+        assert alone.item() == pytest.approx(together[0, i].item(), rel=1e-4)
+    assert len(set(together[0].tolist())) == 3
+
+
+# Runs the three demos in one process. In place of a trainer there is a copy of a tiny checkpoint.
+LABORATORY = """
+import runpy, shutil, subprocess, sys
+from types import SimpleNamespace
+
+here, folder, *jobs = sys.argv[1:]
+sys.path[:0] = [here, here + "/.."]
+from pathlib import Path
+import demo_reasoning
+
+demo_reasoning.OUT = Path(folder) / "out"
+demo_reasoning.LONGEST_ANSWER = 5
+
+def run(command, **options):
+    given = dict(option[2:].split("=", 1) for option in command[2:])
+    assert Path(given["data"]).stat().st_size > 100
+    for name in ("sft.pt", "rm.pt"):
+        shutil.copy(f"{folder}/{name}", given["out"])
+    return SimpleNamespace(returncode=0)
+
+subprocess.run = run
+import train_grpo, shared
+judge = shared.judge
+
+def lenient(record, answer, ended=True):
+    verdict = judge(record, answer, True)
+    return verdict._replace(passed=len(answer) % 2 == 0)
+
+demo_reasoning.judge = lenient
+for job in jobs:
+    name, *options = job.split()
+    sys.argv = [name, "--device=cpu", f"--out={folder}/out", *options]
+    runpy.run_path(f"{here}/{name}.py", run_name="__main__")
+"""
+
+
+def test_the_laboratory_as_scripts(tmp_path):
+    require("data/stories")
+    tok = Tokenizer({bytes([i]): i for i in range(256)})
+    torch.manual_seed(0)
+    cfg = GPTConfig(vocab_size=tok.vocab_size, block_size=700, n_layer=1, n_head=2, n_embd=8)
+    sft = {**GPT(cfg).to_checkpoint(), "tokenizer": tok.state()}
+    rm = {**RewardModel(cfg).to_checkpoint(), "tokenizer": tok.state()}
+    save_checkpoint(tmp_path / "base.pt", kind="base", **sft)
+    save_checkpoint(tmp_path / "sft.pt", kind="sft", **sft)
+    save_checkpoint(tmp_path / "rm.pt", kind="rm", head={}, **rm)
+
+    jobs = [
+        f"demo_reasoning --init={tmp_path}/base.pt --steps=2 --prompts=1",
+        "demo_reasoning_grpo --steps=1 --batch_size=16 --prompts=1",
+        "demo_test_time --samples=4 --prompts=1 --pairs=20 --rm_steps=1",
+    ]
+    command = [sys.executable, "-c", LABORATORY, str(FOLDER), str(tmp_path), *jobs]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    results = {}
+    for name in ("reasoning", "reasoning_grpo", "test_time"):
+        assert (tmp_path / f"out/demo_{name}.png").read_bytes().startswith(b"\x89PNG")
+        results[name] = json.loads((tmp_path / f"out/demo_{name}.json").read_text())
+    for runs in results["reasoning"]["accuracy"].values():
+        assert list(runs[0]) == [str(level) for level in range(1, 9)]
+    assert len(results["reasoning_grpo"]["logs"][demo_reasoning_grpo.OUTCOME][0]) == 1
+    assert results["test_time"]["ks"] == [1, 2, 4]
+    judged = results["test_time"]["curves"][demo_test_time.JUDGE][0]
+    assert judged == sorted(judged), "more answers are never worse for who knows the truth"
+
+
 @pytest.mark.parametrize(
     "module, option, message",
     [
@@ -396,6 +613,10 @@ def test_demo_methods_as_a_script(results):
         (demo_kl_estimators, "--epochs=1", "epochs=1 must be at least 2"),
         (demo_methods, "--batch_size=8", "batch_size=8 must be divisible by 16"),
         (demo_methods, "--seeds=0", "seeds=0 must be at least 1"),
+        (demo_reasoning, "--prompts=0", "prompts=0 must be at least 1"),
+        (demo_reasoning_grpo, "--group=1", "group=1 must be at least 2"),
+        (demo_reasoning_grpo, "--batch_size=20", "batch_size=20 must be divisible by group"),
+        (demo_test_time, "--samples=1", "samples=1 must be at least 2"),
     ],
 )
 def test_bad_options_end_in_one_line(module, option, message, capsys):

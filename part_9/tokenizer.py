@@ -20,7 +20,7 @@ PATTERN = "|".join(
     [
         r"'(?i:[sdmt]|ll|ve|re)",  # the end of a contraction: 's, 've
         r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the space or mark before it
-        r"\p{N}{1,3}",  # up to three digits
+        r"\p{N}",  # a single digit
         r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation, with the line ends after it
         r"\s*[\r\n]",  # white space up to a line end
         r"\s+(?!\S)",  # white space, but for its last character, which belongs to the next word
