@@ -12,15 +12,17 @@ single characters, here of bytes. The end is Part 4's model and optimizers. Betw
 changes at a time, and each change is measured twice: on top of all changes before it, and alone, on
 top of the start. The models are smaller than nanoGPT's, so that all of this takes minutes.
 
-The target is the loss that the start reaches at the end of its budget. Both ends are tuned on the
-same learning rates, or the comparison would show only the tuning (Wen et al. 2025). The recipes
-between them are not tuned: one with AdamW has the rate of the start, one with Muon that of the end.
+The target is the loss that the start reaches at the end of its budget. The start, the step to Muon
+and the end are tuned on the same learning rates, or the comparison would show only the tuning (Wen
+et al. 2025). The recipes between them are not tuned again: the others with AdamW have the rate of
+the start, the others with Muon that of the step to Muon.
 
 A recipe that learns faster must also let its learning rate fall sooner. So nothing is read off in
 the middle of a run. Each recipe is trained with the whole budget, a half, a quarter and so on, or
 with twice as much, until one run misses the target and the next one reaches it. The budget that
-ends at the target lies between these two. It is counted in rows, which makes batches of different
-sizes comparable, and a run of a given seed is the same each time. Only the time of a step is noisy.
+ends at the target lies between these two. It is counted in rows of text, which makes batches of
+different sizes comparable, and it is the same each time for a given seed. The seconds are the steps
+times the median time of a step, which is measured while all recipes take turns.
 """
 
 import sys
@@ -29,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import math
+import textwrap
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -65,16 +68,16 @@ LARGEST_SHARE = 4  # of the budget, for recipes that are slower than the start
 @dataclass
 class Config:
     data: str = "stories"  # stories (the built-in world), shakespeare (a download) or a text file
-    steps: int = 400  # optimizer steps of the start; every recipe may read as many rows as it does
+    steps: int = 330  # optimizer steps of the start; every recipe may read as many rows as it does
     n_layer: int = 2  # number of blocks
     n_embd: int = 48  # channels of the models
     block_size: int = 32  # tokens per row
     vocab_size: int = 1024  # size of the BPE vocabulary
 
-    # peak learning rates that both ends are tuned on
-    rates: str = "0.001,0.004,0.016,0.064,0.256"
+    # peak learning rates that the start, the step to Muon and the end are tuned on
+    rates: str = "0.001,0.003,0.01,0.03,0.1,0.3"
 
-    eval_bytes: int = 30_000  # bytes of the validation text that the losses are measured on
+    eval_bytes: int = 15_000  # bytes of the validation text that the losses are measured on
     seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
     seed: int = 0  # seed of all random numbers
     device: str = ""  # cuda, mps or cpu; empty: the best available
@@ -111,41 +114,37 @@ class Recipe:
 # The way from nanoGPT to Part 4, after the tuning of the learning rate
 CHANGES = {
     "RoPE": {"rope": True},
-    "RMSNorm": {"rms_norm": True},
-    "SwiGLU": {"swiglu": True},
+    "RMSNorm and SwiGLU": {"rms_norm": True, "swiglu": True},
     "separate head": {"separate_head": True},
     "QK-norm": {"qk_norm": True},
     "zero-initialized outputs": {"zero_init": True},
     "Muon": {"muon": True},
-    "hold, then decay to 0": {"hold": True},
+    "decay to 0 at the end": {"hold": True},
     f"batch of {train.Config.batch_size}": {"batch_size": train.Config.batch_size},
     "BPE tokens": {"bpe": True},
 }
 
 
-def change_recipe(recipe, name, muon_lr):
-    """The recipe with one of CHANGES. Muon comes with a learning rate of its own."""
-    recipe = replace(recipe, **CHANGES[name])
-    if name == "Muon":
-        recipe = replace(recipe, lr=muon_lr)
-    return recipe
-
-
-def cumulative_recipes(start, muon_lr):
-    """{name: recipe}: nanoGPT's recipe, the tuned start, and each change on top of all before."""
-    recipes = {"nanoGPT's learning rate": Recipe(), START: start}
-    recipe = start
-    for name in CHANGES:
-        recipe = change_recipe(recipe, name, muon_lr)
+def cumulative_recipes(lr, muon_lr, end_lr):
+    """{name: recipe}: nanoGPT's recipe, the start, which is the same with the tuned rate lr, and
+    each change on top of all before. Muon and the end have rates of their own."""
+    recipe = Recipe(lr=lr)
+    recipes = {"nanoGPT's learning rate": Recipe(), START: recipe}
+    for name, change in CHANGES.items():
+        recipe = replace(recipe, **change)
+        if name == "Muon":
+            recipe = replace(recipe, lr=muon_lr)
         recipes[f"+ {name}"] = recipe
+    recipes[f"+ {name}"] = replace(recipe, lr=end_lr)
     return recipes
 
 
-def alone_recipes(start, muon_lr):
+def alone_recipes(lr, muon_lr):
     """{name: recipe}: each change alone, on top of the start."""
     recipes = {}
-    for name in CHANGES:
-        recipes[name] = change_recipe(start, name, muon_lr)
+    for name, change in CHANGES.items():
+        recipes[name] = replace(Recipe(lr=lr), **change)
+    recipes["Muon"] = replace(recipes["Muon"], lr=muon_lr)
     return recipes
 
 
@@ -304,38 +303,47 @@ def first_part(data, n_bytes):
     )
 
 
-class Run(NamedTuple):
-    """One training of a model."""
+def unigram_loss(data):
+    """What a model reaches that knows only how frequent each token is, in nats per byte."""
+    counts = torch.bincount(data.train_ids, minlength=data.tok.vocab_size) + 1  # none is 0
+    logp = (counts / counts.sum()).log()
+    return -logp[data.val_ids[1:]].sum().item() / data.val_bytes
 
-    loss: float  # nats per byte at the end, on the validation text; infinite if it diverged
-    seconds_per_step: float  # the median
 
+class Training:
+    """A model in training: train.py's loop with any recipe, step by step."""
 
-def train_model(recipe, rows, seed, texts, gpt_cfg, device):
-    """train.py's loop with this recipe, until it has read so many rows -> Run."""
-    data = texts[recipe.bpe]
-    steps = max(1, round(rows / recipe.batch_size))
-    cfg = train.Config(batch_size=recipe.batch_size, seed=seed)
-    torch.manual_seed(seed)
-    model = build_model(recipe, replace(gpt_cfg, vocab_size=data.tok.vocab_size)).to(device)
-    optimizers = build_optimizers(model, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    def __init__(self, recipe, steps, seed, texts, gpt_cfg, device):
+        torch.manual_seed(seed)
+        self.recipe = recipe
+        self.steps = steps
+        self.data = texts[recipe.bpe]
+        self.device = device
+        cfg = replace(gpt_cfg, vocab_size=self.data.tok.vocab_size)
+        self.model = build_model(recipe, cfg).to(device)
+        self.optimizers = build_optimizers(self.model, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self.cfg = train.Config(batch_size=recipe.batch_size, seed=seed)
 
-    seconds = []
-    for step in range(steps):
-        start = time.time()
-        train.set_lr(optimizers, schedule_scale(step, steps, recipe))
-        x, y = train.get_batch(data.train_ids, data.starts, step, cfg, gpt_cfg.block_size)
-        train.backward(model, x.to(device), y.to(device), cfg, nullcontext, scaler)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        for optimizer in optimizers:
+    def step(self, step):
+        data = self.data
+        train.set_lr(self.optimizers, schedule_scale(step, self.steps, self.recipe))
+        block_size = self.model.cfg.block_size
+        x, y = train.get_batch(data.train_ids, data.starts, step, self.cfg, block_size)
+        x, y = x.to(self.device), y.to(self.device)
+        train.backward(self.model, x, y, self.cfg, nullcontext, self.scaler)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.time() - start)
 
-    val = train.evaluate(model, data.val_ids, data.edges, data.val_bytes, device, nullcontext)
-    loss = val.loss if math.isfinite(val.loss) else math.inf
-    return Run(loss, median(seconds))
+    def loss(self):
+        """Nats per byte on the validation text; infinite if the training has diverged."""
+        data = self.data
+        val = train.evaluate(
+            self.model, data.val_ids, data.edges, data.val_bytes, self.device, nullcontext
+        )
+        return val.loss if math.isfinite(val.loss) else math.inf
 
 
 class Trainer:
@@ -346,23 +354,43 @@ class Trainer:
         self.gpt_cfg = gpt_cfg
         self.rows = rows  # the whole budget
         self.device = device
-        self.runs = {}  # (recipe, seed, share) -> Run
+        self.losses = {}  # (recipe, seed, share) -> nats per byte
 
     def loss(self, recipe, seed, share=1.0):
         """The loss that a recipe reaches with this share of the budget, in nats per byte."""
         key = (recipe, seed, share)
-        if key not in self.runs:
-            rows = share * self.rows
-            self.runs[key] = train_model(recipe, rows, seed, self.texts, self.gpt_cfg, self.device)
-        return self.runs[key].loss
+        if key not in self.losses:
+            steps = max(1, round(share * self.rows / recipe.batch_size))
+            training = Training(recipe, steps, seed, self.texts, self.gpt_cfg, self.device)
+            for step in range(steps):
+                training.step(step)
+            self.losses[key] = training.loss()
+        return self.losses[key]
 
-    def seconds_per_step(self, recipe):
-        """The median over all runs of a recipe."""
-        seconds = []
-        for (other, _, _), run in self.runs.items():
-            if other == recipe:
-                seconds.append(run.seconds_per_step)
-        return median(seconds)
+    def tune(self, recipe, rates, seed, share):
+        """{rate: loss}: the recipe with each learning rate."""
+        losses = {}
+        for rate in rates:
+            losses[rate] = self.loss(replace(recipe, lr=rate), seed, share)
+        return losses
+
+    def time_steps(self, recipes, rounds=6, steps=5):
+        """{recipe: seconds per step}, the medians. The recipes take turns, so that whatever else
+        the machine does slows down all of them."""
+        trainings = {}
+        times = {}
+        for recipe in recipes:
+            trainings[recipe] = Training(
+                recipe, rounds * steps, 0, self.texts, self.gpt_cfg, self.device
+            )
+            times[recipe] = []
+        for i in range(rounds):
+            for recipe, training in trainings.items():
+                for step in range(i * steps, (i + 1) * steps):
+                    start = time.time()
+                    training.step(step)
+                    times[recipe].append(time.time() - start)
+        return {recipe: median(seconds) for recipe, seconds in times.items()}
 
 
 # measuring ----------------------------------------------------------------------------------------
@@ -431,17 +459,20 @@ class Result(NamedTuple):
     losses: list  # nats per byte after the whole budget
 
 
-def summarize(recipe, shares, seeds, trainer):
-    """The shares of the budget that end at the target, one per seed -> Result. All seeds have the
-    same time per step, so seconds vary between them no more than steps do."""
-    steps = [share * trainer.rows / recipe.batch_size for share in shares]
-    seconds_per_step = trainer.seconds_per_step(recipe)
-    return Result(
-        budgets=shares,
-        steps=steps,
-        seconds=[count * seconds_per_step for count in steps],
-        losses=[trainer.loss(recipe, seed) for seed in seeds],
-    )
+def summarize(recipe, shares, losses, rows, seconds_per_step):
+    """The shares of the budget that end at the target and the losses, per seed -> Result. All seeds
+    have the same time per step, so seconds vary between them no more than steps do."""
+    steps = [share * rows / recipe.batch_size for share in shares]
+    seconds = [count * seconds_per_step for count in steps]
+    return Result(shares, steps, seconds, losses)
+
+
+def as_plain(result):
+    """A Result as a dict for JSON, which knows no infinity: a target that was missed is null."""
+    plain = {}
+    for name, values in result._asdict().items():
+        plain[name] = [value if math.isfinite(value) else None for value in values]
+    return plain
 
 
 def overlap(a, b):
@@ -460,35 +491,38 @@ def speed_up(start, result):
     )
 
 
-def describe_ends(start, end, target):
-    """What the whole ladder is worth, in one sentence."""
+def describe_ends(ladder, target, bpe_unigram):
+    """What the whole ladder is worth, and with bytes what all but its last step is worth.
+
+    ladder: {name: Result}, bpe_unigram: the loss of knowing only the frequencies of BPE tokens
+    """
+    start = ladder[START]
+    *_, with_bytes, end = ladder.values()
     seeds = len(start.seconds)
     number = "one seed" if seeds == 1 else f"{seeds} seeds"
+    sign = "less than " if min(end.budgets) == SMALLEST_SHARE else ""
     sentence = (
-        f"nanoGPT's recipe, tuned, takes {mean(start.seconds):.1f} s to {target:.2f} nats per byte,"
-        f" ours {mean(end.seconds):.2f} s ({number})"
+        f"To {target:.2f} nats per byte: nanoGPT's recipe, tuned, {mean(start.seconds):.1f} s; "
+        f"ours {mean(with_bytes.seconds):.2f} s with bytes, "
+        f"{sign}{mean(end.seconds):.2f} s with BPE ({number})"
     )
-    if seeds > 1 and overlap(start.seconds, end.seconds):
-        sentence += ": no difference"
-    return sentence
+    if seeds > 1 and overlap(start.seconds, with_bytes.seconds):
+        sentence += ": no difference with bytes"
+    if bpe_unigram <= target:
+        sentence += f". The frequencies of BPE tokens alone give {bpe_unigram:.2f}"
+    return sentence + "."
 
 
-def describe_changes(results, start):
-    """What each change is worth alone, in one sentence. results: {name: Result}"""
-    seeds = len(start.seconds)
-    groups = {"faster": [], "slower": [], "no difference": []}
+def same_as(start, results):
+    """The names of the results that cannot be told from the start, in one sentence. Only several
+    seeds can show that. results: {name: Result}"""
+    same = []
     for name, result in results.items():
-        factor = speed_up(start, result)[0]
-        text = f"{name} {factor:.1f}x"
-        if seeds > 1 and overlap(start.seconds, result.seconds):
-            groups["no difference"].append(name)
-        elif factor > 1:
-            groups["faster"].append(text)
-        else:
-            groups["slower"].append(text)
-
-    parts = [f"{group}: {', '.join(names)}" for group, names in groups.items() if names]
-    return "Alone, " + "; ".join(parts)
+        if len(start.seconds) > 1 and overlap(start.seconds, result.seconds):
+            same.append(name)
+    if not same:
+        return ""
+    return f"Alone no difference: {', '.join(same)}."
 
 
 def print_table(results, start):
@@ -519,11 +553,13 @@ def draw_speed(ax, results, start):
         ax.barh(y, factor - 1, left=1, height=0.6, color="C5", label="in seconds")
         ax.plot([slowest, fastest], [y, y], color="C7", label="range of the seeds")
         in_rows = mean(start.budgets) / mean(result.budgets)
-        ax.plot(in_rows, y, "D", color="C3", markersize=5, label="in rows of text")
+        ax.plot(in_rows, y, "D", color="C3", markersize=5, label="in rows")
 
+        # The search for the budget stops at SMALLEST_SHARE.
+        sign = ">" if min(result.budgets) == SMALLEST_SHARE else ""
         right = max(1, in_rows, fastest)
         ax.annotate(
-            f"{factor:.2g}x",
+            f"{sign}{factor:.2g}x",
             (right, y),
             (7, 0),
             textcoords="offset points",
@@ -533,11 +569,10 @@ def draw_speed(ax, results, start):
 
     ax.axvline(1, color="C7", linewidth=1)
     ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    ax.set_xlim(low, high * 2)  # room for the last annotation
-    ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if low <= tick <= high]
+    ticks = [0.5, 1, 2, 4, 8, 16, 32, 64]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
+    ax.set_xlim(0.2, 300)  # the search for the budget has limits; the rest is for the numbers
     ax.set_xlabel("times as fast as the start")
 
 
@@ -589,29 +624,34 @@ if __name__ == "__main__":
     trainer = Trainer(texts, gpt_cfg, cfg.steps * Recipe().batch_size, device)
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
 
-    # Tune both ends on the same rates, with the first seed and the whole budget.
-    end = list(cumulative_recipes(Recipe(), Recipe().lr).values())[-1]
-    grid = {"start": {}, "end": {}}
+    # Tune the start with the whole budget. The two others are faster, so they get a quarter of it.
+    grid = {}
     best = {}
-    for name, recipe in (("start", Recipe()), ("end", end)):
-        for rate in rates:
-            grid[name][rate] = trainer.loss(replace(recipe, lr=rate), cfg.seed)
-            print(f"{name}, learning rate {rate:g}: {grid[name][rate]:.3f} nats per byte")
+    for name, share in ((START, 1.0), ("+ Muon", 0.25), ("+ BPE tokens", 0.25)):
+        lr = best.get(START, Recipe().lr)
+        recipe = cumulative_recipes(lr, 0.0, 0.0)[name]
+        grid[name] = trainer.tune(recipe, rates, cfg.seed, share)
         best[name] = min(grid[name], key=grid[name].get)
+        for rate, loss in grid[name].items():
+            print(f"{name}, learning rate {rate:g}: {loss:.3f} nats per byte", flush=True)
         if best[name] in (rates[0], rates[-1]):
             print(
-                f"the {name} is best at the last of its rates, {best[name]:g}: "
+                f"{name} is best at the last of its rates, {best[name]:g}: "
                 "it is not tuned yet, ask for more --rates"
             )
 
-    start_recipe = Recipe(lr=best["start"])
-    cumulative = cumulative_recipes(start_recipe, best["end"])
-    alone = alone_recipes(start_recipe, best["end"])
+    start_recipe = Recipe(lr=best[START])
+    cumulative = cumulative_recipes(best[START], best["+ Muon"], best["+ BPE tokens"])
+    alone = alone_recipes(best[START], best["+ Muon"])
     names = [*cumulative, *alone]
 
     # The target is what the start reaches at the end of its budget, by the mean over the seeds.
     target = mean(trainer.loss(start_recipe, seed) for seed in seeds)
     print(f"target: {target:.3f} nats per byte")
+    unigram = {}
+    for bpe, name in ((False, "bytes"), (True, "BPE tokens")):
+        unigram[name] = unigram_loss(texts[bpe])
+        print(f"knowing only how frequent {name} are: {unigram[name]:.3f} nats per byte")
 
     # Measure every recipe with every seed. On the ladder a recipe needs about as many rows as the
     # one before it, so the search begins there.
@@ -629,19 +669,23 @@ if __name__ == "__main__":
         losses = [trainer.loss(recipe, seed) for seed in seeds]
         log(i, name=names[i], val_loss=mean(losses), budgets=mean(shares[recipe]))
 
-    # The times of all steps are known now.
-    ladder = {}
-    for name, recipe in cumulative.items():
-        ladder[name] = summarize(recipe, shares[recipe], seeds, trainer)
-    single = {}
-    for name, recipe in alone.items():
-        single[name] = summarize(recipe, shares[recipe], seeds, trainer)
+    # The speed of all recipes, and the summary
+    seconds_per_step = trainer.time_steps(list(shares))
+    results = {}
+    for recipe in shares:
+        losses = [trainer.loss(recipe, seed) for seed in seeds]
+        results[recipe] = summarize(
+            recipe, shares[recipe], losses, trainer.rows, seconds_per_step[recipe]
+        )
+    ladder = {name: results[recipe] for name, recipe in cumulative.items()}
+    single = {name: results[recipe] for name, recipe in alone.items()}
     start = ladder[START]
-    end = list(ladder.values())[-1]
 
     print_table(ladder, start)
     print_table(single, start)
-    title = describe_ends(start, end, target) + "\n" + describe_changes(single, start)
+    title = describe_ends(ladder, target, unigram["BPE tokens"])
+    title = f"{title} {same_as(start, single)}"
+    title = textwrap.fill(title, width=76)
     print(title)
     groups = {"each change on top of those above it": ladder, "each change alone": single}
     draw(title, groups, start, out / "demo_speedrun.png")
@@ -652,8 +696,9 @@ if __name__ == "__main__":
         target=target,
         tuned_rate=best,
         val_loss_by_rate=grid,
-        ladder={name: result._asdict() for name, result in ladder.items()},
-        alone={name: result._asdict() for name, result in single.items()},
+        unigram_nats_per_byte=unigram,
+        ladder={name: as_plain(result) for name, result in ladder.items()},
+        alone={name: as_plain(result) for name, result in single.items()},
         seed=cfg.seed,
         seeds=cfg.seeds,
     )
