@@ -22,7 +22,7 @@ the middle of a run. Each recipe is trained with the whole budget, a half, a qua
 with twice as much, until one run misses the target and the next one reaches it. The budget that
 ends at the target lies between these two. It is counted in rows of text, which makes batches of
 different sizes comparable, and it is the same each time for a given seed. The seconds are the steps
-times the median time of a step, which is measured while all recipes take turns.
+times the shortest time of a step, which is measured while all recipes take turns.
 """
 
 import sys
@@ -36,7 +36,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import mean, median
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -374,9 +374,9 @@ class Trainer:
             losses[rate] = self.loss(replace(recipe, lr=rate), seed, share)
         return losses
 
-    def time_steps(self, recipes, rounds=6, steps=5):
-        """{recipe: seconds per step}, the medians. The recipes take turns, so that whatever else
-        the machine does slows down all of them."""
+    def time_steps(self, recipes, rounds=20, steps=2):
+        """{recipe: seconds per step}. The recipes take turns, so that whatever else the machine
+        does slows down all of them. The shortest of all steps was disturbed the least."""
         trainings = {}
         times = {}
         for recipe in recipes:
@@ -390,7 +390,7 @@ class Trainer:
                     start = time.time()
                     training.step(step)
                     times[recipe].append(time.time() - start)
-        return {recipe: median(seconds) for recipe, seconds in times.items()}
+        return {recipe: min(seconds) for recipe, seconds in times.items()}
 
 
 # measuring ----------------------------------------------------------------------------------------
@@ -515,10 +515,16 @@ def describe_ends(ladder, target, bpe_unigram):
 
 def same_as(start, results):
     """The names of the results that cannot be told from the start, in one sentence. Only several
-    seeds can show that. results: {name: Result}"""
+    seeds can show that. results: {name: Result}
+
+    A difference must show in rows as well as in seconds, because seconds are noisy, and because a
+    change of the batch size changes the rows in any case.
+    """
     same = []
     for name, result in results.items():
-        if len(start.seconds) > 1 and overlap(start.seconds, result.seconds):
+        apart_in_rows = not overlap(start.budgets, result.budgets)
+        apart_in_seconds = not overlap(start.seconds, result.seconds)
+        if len(start.seconds) > 1 and not (apart_in_rows and apart_in_seconds):
             same.append(name)
     if not same:
         return ""
@@ -677,6 +683,9 @@ if __name__ == "__main__":
         results[recipe] = summarize(
             recipe, shares[recipe], losses, trainer.rows, seconds_per_step[recipe]
         )
+    same_work = [seconds_per_step[Recipe()], seconds_per_step[start_recipe]]
+    noise = max(same_work) / min(same_work) - 1
+    print(f"the first two recipes do the same work, and their times differ by {noise:.0%}")
     ladder = {name: results[recipe] for name, recipe in cumulative.items()}
     single = {name: results[recipe] for name, recipe in alone.items()}
     start = ladder[START]
@@ -697,6 +706,7 @@ if __name__ == "__main__":
         tuned_rate=best,
         val_loss_by_rate=grid,
         unigram_nats_per_byte=unigram,
+        noise_of_times=noise,
         ladder={name: as_plain(result) for name, result in ladder.items()},
         alone={name: as_plain(result) for name, result in single.items()},
         seed=cfg.seed,

@@ -636,7 +636,7 @@ def test_the_search_for_the_budget_ends():
 
 
 def make_result(seconds):
-    return demo_speedrun.Result([1.0] * len(seconds), seconds, seconds, seconds)
+    return demo_speedrun.Result(seconds, seconds, seconds, seconds)
 
 
 def test_changes_whose_ranges_overlap_make_no_difference():
@@ -646,6 +646,9 @@ def test_changes_whose_ranges_overlap_make_no_difference():
     assert demo_speedrun.same_as(start, results) == "Alone no difference: a."
     results.pop("a")
     assert demo_speedrun.same_as(start, results) == ""
+    results["rows"] = make_result([1.0, 1.5])._replace(budgets=[3.0, 5.0])
+    results["seconds"] = make_result([1.0, 1.5])._replace(seconds=[3.0, 5.0])
+    assert demo_speedrun.same_as(start, results) == "Alone no difference: rows, seconds."
     one_seed = make_result([4.0])
     assert demo_speedrun.same_as(one_seed, {"a": one_seed}) == ""
 
