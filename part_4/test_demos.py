@@ -12,6 +12,7 @@ import os
 import random
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ import demo_induction
 import demo_resume
 import demo_scaling
 import demo_schedule
+import demo_speedrun
+import model as part_4_model
 import train
 from model import GPT, GPTConfig
 from shared import save_checkpoint
@@ -130,6 +133,9 @@ def made(tmp_path_factory):
     schedule = as_options(steps=3, batch_size=2, n_embd=16, rates="0.5,2,4", seeds=2)
     scaling = as_options(sizes="1x8,1x12,1x16,2x8", lengths="1,2,3,4", batch_size=2, draws=2)
     induction = as_options(layers="1,2", steps=3, eval_every=2, batch_size=2, n_embd=8, seeds=2)
+    speedrun = as_options(
+        steps=4, block_size=8, n_layer=1, n_embd=8, vocab_size=300, eval_bytes=300, seeds=2
+    )
     jobs = [
         ("accumulation", *common, *accumulation),
         ("bpe", *common, f"--data={folder / 'short.txt'}", *bpe),
@@ -137,6 +143,7 @@ def made(tmp_path_factory):
         ("resume", *common, f"--data={folder / 'long.txt'}", *resume),
         ("schedule", *common, f"--data={folder / 'long.txt'}", *schedule),
         ("scaling", *common, *scaling),
+        ("speedrun", *common, f"--data={folder / 'long.txt'}", *speedrun),
         # Bad input, which must be refused
         ("schedule", *common, f"--data={folder / 'long.txt'}", "--rates=1,2"),
         ("schedule", *common, "--rates=1,2,x"),
@@ -148,6 +155,10 @@ def made(tmp_path_factory):
         ("induction", *common, "--layers=1,0"),
         ("scaling", *common, "--sizes=1x8,1x16,2x8"),
         ("scaling", *common, "--lengths=1,2,2,3"),
+        ("speedrun", *common, "--rates=0.1,0.2"),
+        ("speedrun", *common, "--n_embd=12"),
+        ("speedrun", *common, "--vocab_size=260"),
+        ("speedrun", *common, f"--data={folder / 'long.txt'}", "--eval_bytes=3"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, str(HERE), json.dumps(jobs)],
@@ -156,7 +167,7 @@ def made(tmp_path_factory):
         text=True,
     )
     codes = [line for line in done.stdout.splitlines() if line.startswith("=== ")][1::2]
-    assert codes == ["=== 0"] * 6 + ["=== 2"] * 10, done.stderr
+    assert codes == ["=== 0"] * 7 + ["=== 2"] * 14, done.stderr
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
     return folder
@@ -182,6 +193,10 @@ def read_metrics(folder, name):
         "--layers=1,0 must be numbers from 1 to 12",
         "--sizes=1x8,1x16,2x8 must have at least four",
         "--lengths=1,2,2,3 must have at least four",
+        "--rates=0.1,0.2 must have at least three",
+        "n_embd=12 must be divisible by 8",
+        "vocab_size=260 must be above 260",
+        "--eval_bytes=3 must hold at least one row",
     ],
 )
 def test_bad_input_ends_in_one_line(made, message):
@@ -832,3 +847,286 @@ def test_demo_induction(made):
             assert len(rise) == 6
     for name in ("demo_induction.png", "demo_induction_heads.png"):
         assert (made / name).exists()
+
+
+# demo_speedrun ------------------------------------------------------------------------------------
+
+SMALL = GPTConfig(vocab_size=20, block_size=8, n_layer=2, n_head=4, n_kv_head=4, n_embd=16)
+LADDER = demo_speedrun.cumulative_recipes(0.25, 0.5, 0.75)
+ALONE = demo_speedrun.alone_recipes(0.25, 0.5)
+
+
+def test_the_last_recipe_is_part_4s_model():
+    recipe = list(LADDER.values())[-1]
+    torch.manual_seed(5)
+    model = demo_speedrun.build_model(recipe, SMALL)
+    torch.manual_seed(5)
+    expected = GPT(SMALL)
+
+    assert [type(module) for module in model.modules()] == [
+        type(module) for module in expected.modules()
+    ]
+    for module in model.modules():
+        assert type(module).__module__ != "demo_speedrun"
+    assert list(model.state_dict()) == list(expected.state_dict())
+    ids = torch.arange(16).view(2, 8)
+    assert torch.equal(model(ids)[0], expected(ids)[0])
+    for p, q in zip(model.parameters(), expected.parameters()):
+        assert torch.equal(p, q), "the initialization is Part 4's, too"
+
+
+def test_the_last_recipe_is_trained_as_train_py_does():
+    defaults = train.Config()
+    recipe = replace(list(LADDER.values())[-1], lr=defaults.lr)
+    assert recipe.batch_size == defaults.batch_size
+    model = demo_speedrun.build_model(recipe, SMALL)
+    optimizers = demo_speedrun.build_optimizers(model, recipe)
+    expected = train.make_optimizers(model, defaults)
+    assert [type(optimizer) for optimizer in optimizers] == [train.Muon, torch.optim.AdamW]
+    for optimizer, other in zip(optimizers, expected):
+        for group, other_group in zip(optimizer.param_groups, other.param_groups):
+            assert [id(p) for p in group["params"]] == [id(p) for p in other_group["params"]]
+            for name in group.keys() - {"params"}:
+                assert group[name] == pytest.approx(other_group[name]), name
+
+    cfg = train.Config(steps=20)
+    for step in range(20):
+        scale = demo_speedrun.schedule_scale(step, 20, recipe)
+        assert scale == train.lr_scale(step, cfg)
+
+
+def gpt2_by_hand(weights, ids, n_layer, n_head):
+    """GPT-2's logits without biases (Radford et al. 2019), from the weights and plain functions."""
+    B, T = ids.shape
+    C = weights["wte.weight"].size(1)
+    D = C // n_head
+
+    def norm(x, name):
+        centred = x - x.mean(dim=-1, keepdim=True)
+        deviation = (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+        return centred / deviation * weights[f"{name}.weight"]
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T
+
+    x = weights["wte.weight"][ids] + weights["wte.wpe.weight"][:T]
+    for layer in range(n_layer):
+        h = norm(x, f"h.{layer}.ln_1")
+        heads = []
+        for i in range(n_head):
+            part = slice(i * D, (i + 1) * D)
+            q = linear(h, f"h.{layer}.attn.c_q")[..., part]
+            k = linear(h, f"h.{layer}.attn.c_k")[..., part]
+            v = linear(h, f"h.{layer}.attn.c_v")[..., part]
+            scores = q @ k.transpose(1, 2) / D**0.5
+            later = torch.ones(T, T).triu(1).bool()
+            heads.append(scores.masked_fill(later, float("-inf")).softmax(dim=-1) @ v)
+        x = x + linear(torch.cat(heads, dim=-1), f"h.{layer}.attn.c_proj")
+
+        h = linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
+        h = h * (1 + torch.erf(h / 2**0.5)) / 2
+        x = x + linear(h, f"h.{layer}.mlp.c_proj")
+    return norm(x, "ln_f") @ weights["wte.weight"].T
+
+
+def test_the_first_recipe_is_gpt2():
+    model = demo_speedrun.build_model(demo_speedrun.Recipe(), SMALL)
+    for p in model.parameters():  # large enough that each part of the model matters
+        torch.nn.init.normal_(p, std=0.5)
+    ids = torch.randint(20, (3, 8), generator=torch.Generator().manual_seed(0))
+    expected = gpt2_by_hand(model.state_dict(), ids, SMALL.n_layer, SMALL.n_head)
+    torch.testing.assert_close(model(ids)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gpt2s_initialization():
+    """The output projections are smaller by the square root of the number of branches."""
+    cfg = replace(SMALL, n_embd=128, n_head=4)
+    model = demo_speedrun.build_model(demo_speedrun.Recipe(), cfg)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            std = 0.02 / 2 if "c_proj" in name else 0.02  # two layers have four branches
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+    assert model.lm_head.weight is model.wte.weight
+
+
+def test_nanogpts_optimizer():
+    recipe = demo_speedrun.Recipe()
+    model = demo_speedrun.build_model(recipe, SMALL)
+    (adamw,) = demo_speedrun.build_optimizers(model, recipe)
+    matrices, gains = adamw.param_groups
+    assert matrices["weight_decay"] == 0.1
+    assert gains["weight_decay"] == 0
+    assert {p.ndim for p in matrices["params"]} == {2}
+    assert {p.ndim for p in gains["params"]} == {1}
+    together = [*matrices["params"], *gains["params"]]
+    assert {id(p) for p in together} == {id(p) for p in model.parameters()}
+    assert matrices["betas"] == (0.9, 0.99)
+    assert matrices["peak_lr"] == gains["peak_lr"] == 1e-3
+
+
+def test_nanogpts_schedule_by_hand():
+    scales = [demo_speedrun.schedule_scale(k, 40, demo_speedrun.Recipe()) for k in range(40)]
+    assert scales[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert scales[21] == pytest.approx(0.55), "half way down the cosine"
+    assert scales[39] == pytest.approx(0.1, abs=0.01)
+    assert scales[1:] == sorted(scales[1:], reverse=True)
+
+
+def test_each_step_of_the_ladder_changes_one_thing():
+    recipes = list(LADDER.values())
+    assert recipes[0] == demo_speedrun.Recipe()
+    assert recipes[1] == demo_speedrun.Recipe(lr=0.25)
+    assert recipes[-1].lr == 0.75
+    for previous, recipe, change in zip(recipes[1:], recipes[2:], demo_speedrun.CHANGES.values()):
+        assert replace(previous, **change, lr=recipe.lr) == recipe
+    for name, change in demo_speedrun.CHANGES.items():
+        recipe = ALONE[name]
+        assert replace(recipes[1], **change, lr=recipe.lr) == recipe
+        assert recipe.lr == (0.5 if name == "Muon" else 0.25)
+
+
+@pytest.mark.parametrize("name", demo_speedrun.CHANGES)
+def test_each_change_builds_what_it_says(name):
+    recipe = ALONE[name]
+    model = demo_speedrun.build_model(recipe, SMALL)
+    block = model.h[0]
+    rotated = type(block.attn) is part_4_model.Attention
+    assert rotated == recipe.rope
+    assert (type(model.wte) is torch.nn.Embedding) == recipe.rope
+    for norm in (block.ln_1, block.ln_2, model.ln_f):
+        assert (type(norm) is part_4_model.RMSNorm) == recipe.rms_norm
+    assert (type(block.mlp) is part_4_model.MLP) == recipe.swiglu
+    assert block.attn.qk_norm == recipe.qk_norm
+    assert (model.lm_head.weight is not model.wte.weight) == recipe.separate_head
+    is_zero = [not block.attn.c_proj.weight.any(), not block.mlp.c_proj.weight.any()]
+    assert is_zero == [recipe.zero_init] * 2
+    logits, loss = model(torch.arange(8)[None], torch.arange(8)[None])
+    assert logits.shape == (1, 8, 20)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("recipe", [LADDER["+ RoPE"], demo_speedrun.Recipe()])
+def test_no_recipe_sees_the_future(recipe):
+    model = demo_speedrun.build_model(recipe, SMALL)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    ids = torch.arange(8)[None]
+    changed = ids.clone()
+    changed[0, 5] = 19
+    difference = (model(ids)[0] - model(changed)[0]).abs().amax(dim=-1)[0]
+    assert difference[:5].max() < 1e-5
+    assert difference[5:].min() > 1e-3
+
+
+@pytest.mark.parametrize("first_share", [1 / 16, 0.25, 1.0])
+@pytest.mark.parametrize("answer", [0.03, 0.125, 0.3, 1.0, 3.3])
+def test_the_budget_that_ends_at_the_target_is_found(answer, first_share):
+    """Where the loss falls with the logarithm of the budget, the answer is exact."""
+    asked = []
+
+    def loss_of(share):
+        asked.append(share)
+        return 2.0 - 0.3 * math.log(share)
+
+    target = 2.0 - 0.3 * math.log(answer)
+    share = demo_speedrun.find_share(loss_of, target, first_share)
+    assert share == pytest.approx(answer)
+    assert len(asked) == len(set(asked))
+
+
+def test_the_search_for_the_budget_ends():
+    smallest = demo_speedrun.SMALLEST_SHARE
+    assert demo_speedrun.find_share(lambda share: 1.0, 2.0) == smallest
+    assert demo_speedrun.find_share(lambda share: 3.0, 2.0) == math.inf
+    assert demo_speedrun.find_share(lambda share: 3.0, 2.0, smallest) == math.inf
+    diverged = {1.0: 1.9, 0.5: math.inf}
+    assert demo_speedrun.find_share(diverged.get, 2.0) == 1.0
+    for share, power in ((0.3, 0.25), (0.4, 0.5), (3.0, 1.0), (1e-9, smallest), (math.inf, 1.0)):
+        assert demo_speedrun.nearest_power(share) == power
+
+
+def make_result(seconds):
+    return demo_speedrun.Result(seconds, seconds, seconds, seconds)
+
+
+def test_changes_whose_ranges_overlap_make_no_difference():
+    start = make_result([4.0, 6.0])
+    results = {"a": make_result([1.0, 4.0]), "b": make_result([1.0, 1.5])}
+    results["c"] = make_result([math.inf, math.inf])
+    assert demo_speedrun.same_as(start, results) == "Alone no difference: a."
+    results.pop("a")
+    assert demo_speedrun.same_as(start, results) == ""
+    results["rows"] = make_result([1.0, 1.5])._replace(budgets=[3.0, 5.0])
+    results["seconds"] = make_result([1.0, 1.5])._replace(seconds=[3.0, 5.0])
+    assert demo_speedrun.same_as(start, results) == "Alone no difference: rows, seconds."
+    one_seed = make_result([4.0])
+    assert demo_speedrun.same_as(one_seed, {"a": one_seed}) == ""
+
+
+def test_the_title_says_what_the_ends_need():
+    ladder = {demo_speedrun.START: make_result([4.0, 6.0])}
+    ladder["+ Muon"] = make_result([1.0, 2.0])
+    ladder["+ BPE tokens"] = make_result([0.5, 0.7])._replace(
+        budgets=[demo_speedrun.SMALLEST_SHARE] * 2
+    )
+    title = demo_speedrun.describe_ends(ladder, 1.5, 2.0)
+    assert "tuned, 5.0 s; ours 1.50 s with bytes, less than 0.60 s with BPE (2 seeds)" in title
+    assert "no difference" not in title
+    assert "frequencies" not in title
+    ladder["+ Muon"] = make_result([1.0, 4.5])
+    title = demo_speedrun.describe_ends(ladder, 1.5, 1.1)
+    assert "no difference with bytes" in title
+    assert "The frequencies of BPE tokens alone give 1.10." in title
+
+
+def test_a_missed_target_is_null_in_json():
+    plain = demo_speedrun.as_plain(make_result([math.inf, 2.0]))
+    assert plain["seconds"] == [None, 2.0]
+
+
+def test_the_evaluated_part_of_the_text(made):
+    """Whole rows of at most so many bytes, for bytes as well as for tokens; and a unigram model's
+    loss on it, by hand."""
+    cfg = demo_speedrun.Config(data=str(made / "long.txt"), vocab_size=300, eval_bytes=200)
+    texts = demo_speedrun.load_texts(cfg, SMALL)
+    text = (made / "long.txt").read_text()
+    val_text = text[int(0.9 * len(text)) :]
+    for bpe, size in ((False, 260), (True, 300)):
+        data = texts[bpe]
+        assert data.tok.vocab_size == size
+        decoded = data.tok.decode(data.val_ids.tolist())
+        assert val_text.startswith(decoded)
+        assert len(decoded.encode()) == data.val_bytes
+        assert 150 < data.val_bytes <= 200
+        assert data.edges[-1] == len(data.val_ids) - 1
+
+        train_ids = data.train_ids.tolist()
+        nats = 0.0
+        for token in data.val_ids.tolist()[1:]:
+            nats -= math.log((train_ids.count(token) + 1) / (len(train_ids) + size))
+        expected = nats / data.val_bytes
+        assert demo_speedrun.unigram_loss(data) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_training_learns_and_repeats(made):
+    cfg = demo_speedrun.Config(data=str(made / "long.txt"), vocab_size=300, eval_bytes=300)
+    texts = demo_speedrun.load_texts(cfg, SMALL)
+    losses = []
+    for _ in range(2):
+        trainer = demo_speedrun.Trainer(texts, SMALL, rows=24 * 20, device=CPU)
+        losses.append(trainer.loss(replace(LADDER["+ BPE tokens"], lr=0.05), 0))
+        untrained = trainer.loss(replace(LADDER["+ BPE tokens"], lr=1e-9), 0)
+    assert losses[0] == losses[1] < untrained - 0.3
+
+
+def test_demo_speedrun(made):
+    metrics = read_metrics(made, "speedrun")
+    assert list(metrics["ladder"]) == list(LADDER)
+    assert list(metrics["alone"]) == list(ALONE)
+    for result in [*metrics["ladder"].values(), *metrics["alone"].values()]:
+        assert all(len(values) == 2 for values in result.values())
+    assert metrics["ladder"]["+ RoPE"] == metrics["alone"]["RoPE"]
+    start = metrics["ladder"][demo_speedrun.START]
+    assert metrics["target"] == pytest.approx(sum(start["losses"]) / 2)
+    assert (made / "demo_speedrun.png").exists()
