@@ -98,7 +98,7 @@ def count(world):
     right_stories = sum(obeys(record) for record in stories)
     right_labels = sum(pair["gap"] > 0 for pair in world.pairs)
     return {
-        "stories": len(documents),
+        "documents": len(documents),
         "bytes": len(world.text.encode()),
         "tokens": len(tokens),
         "distinct_tokens": len(set(tokens)),
@@ -153,10 +153,10 @@ def make_stages(world, numbers):
     """The five boxes, each with an example from the data -> [Stage]."""
     raw = Stage(
         title="Raw text",
-        data=f"Part 0: {numbers['stories']:,} stories, {numbers['tokens']:,} tokens, "
+        data=f"Part 0: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, "
         f"{numbers['distinct_tokens']} different ones",
         rows=[Row("", line, False) for line in short_story(world).split("\n")],
-        formula="No model can get below the entropy of the stories, "
+        formula="No model can get below the entropy of the text, "
         f"{numbers['true_nats_per_byte']:.3f} nats per byte",
         file="data/stories/train.txt",
     )

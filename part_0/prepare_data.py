@@ -1027,13 +1027,14 @@ def write_instructions(cfg, path, stories, skills, problems):
 
 
 def write_problems(cfg, path, number, most_operations):
-    """Write problems that are solved in steps, as many of each number of operations."""
+    """Write problems that are solved in steps and without errors, as many of each number of
+    operations."""
     rng = generator(cfg, path)
     val = is_validation(path)
     records = []
     for i in range(number):
         operations = 1 + i % most_operations
-        records.append(problem_record(rng, val, cfg.wrong, operations, in_steps=True))
+        records.append(problem_record(rng, val, 0, operations, in_steps=True))
     rng.shuffle(records)
     write_lines(path, [json.dumps(record) for record in records])
 
@@ -1079,8 +1080,8 @@ def write_world(cfg, folder):
         "stories_val": 1000,
         "skills_val": 600,
         "problems_val": 600,
-        "laboratory": 12_000,
-        "laboratory_val": 1600,
+        "laboratory": 16_000,
+        "laboratory_val": 1200,
     }
     counts = {name: max(1, round(number * cfg.scale)) for name, number in counts.items()}
 
@@ -1114,9 +1115,9 @@ def write_world(cfg, folder):
     )
 
     path = folder / "problems.jsonl"
-    write_problems(cfg, path, counts["laboratory"], 6)
+    write_problems(cfg, path, counts["laboratory"], 4)
     path = folder / "problems_val.jsonl"
-    write_problems(cfg, path, counts["laboratory_val"], 8)
+    write_problems(cfg, path, counts["laboratory_val"], 6)
 
     write_preferences(cfg, folder / "preferences.jsonl", counts["preferences"])
     path = folder / "preferences_val.jsonl"

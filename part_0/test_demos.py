@@ -151,9 +151,10 @@ def world(tmp_path, monkeypatch):
 
 def test_the_pipeline_counts_what_the_generator_wrote(world):
     numbers = demo_pipeline.count(world)
-    assert numbers["stories"] == world.facts["counts"]["train"]
-    assert numbers["story_instructions"] == world.facts["counts"]["stories"]
-    assert numbers["instructions"] == 2 * numbers["story_instructions"]
+    counts = world.facts["counts"]
+    assert numbers["documents"] == counts["train"]
+    assert numbers["story_instructions"] == counts["stories"]
+    assert numbers["instructions"] == counts["stories"] + counts["skills"] + counts["problems"]
     assert numbers["pairs"] == world.facts["counts"]["preferences"]
     assert 0.15 < numbers["demonstrations_right"] < 0.45
     assert 0.85 < numbers["labels_right"] < 1

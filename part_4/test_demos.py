@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import demo_accumulation
 import demo_bpe
 import demo_induction
+import demo_kinds
 import demo_resume
 import demo_scaling
 import demo_schedule
@@ -28,7 +29,7 @@ import demo_speedrun
 import model as part_4_model
 import train
 from model import GPT, GPTConfig
-from shared import save_checkpoint
+from shared import require, save_checkpoint
 from tokenizer import Tokenizer
 
 HERE = Path(demo_bpe.__file__).resolve().parent
@@ -1130,3 +1131,70 @@ def test_demo_speedrun(made):
     start = metrics["ladder"][demo_speedrun.START]
     assert metrics["target"] == pytest.approx(sum(start["losses"]) / 2)
     assert (made / "demo_speedrun.png").exists()
+
+
+# demo_kinds ---------------------------------------------------------------------------------------
+
+A_PROBLEM = "Tom had 7 plums. Tom lost 2. How many? Think step by step.\n7-2=5. The answer is 5."
+
+
+@pytest.fixture(scope="module")
+def byte_model():
+    torch.manual_seed(0)
+    tok = Tokenizer({bytes([i]): i for i in range(256)})
+    cfg = GPTConfig(vocab_size=tok.vocab_size, block_size=400, n_layer=1, n_head=2, n_embd=8)
+    model = GPT(cfg)
+    torch.nn.init.normal_(model.lm_head.weight)
+    return model, tok
+
+
+def test_the_kind_of_a_document():
+    assert (
+        demo_kinds.kind_of("Write a story about a cow named Tom.\nA cow named Tom ...") == "story"
+    )
+    assert demo_kinds.kind_of("One day, a cow named Tom was in Rome. ...") == "story"
+    assert demo_kinds.kind_of("A cow is a farm animal. We call a hat a garment.") == "statement"
+    assert demo_kinds.kind_of(A_PROBLEM) == "problem"
+
+
+def test_the_loss_of_a_document_is_that_of_its_bytes_one_by_one(byte_model):
+    model, tok = byte_model
+    ids = list(b"\n" + A_PROBLEM.encode() + b"\n\n")
+    logits, _ = model(torch.tensor([ids]), torch.tensor([ids]))
+    logp = logits[0].double().log_softmax(dim=-1)
+    nats = [-logp[i - 1, ids[i]].item() for i in range(1, len(ids))]
+
+    loss = demo_kinds.document_loss(model, tok, A_PROBLEM, "cpu")
+    assert loss.nats == pytest.approx(sum(nats), rel=1e-5)
+    assert loss.size == len(A_PROBLEM)
+    solution = len(A_PROBLEM.split("\n")[1]) + 2  # with the blank line after it
+    assert loss.last_part == pytest.approx(sum(nats[-solution:]), rel=1e-5)
+
+
+def test_demo_kinds_as_a_script(byte_model, tmp_path):
+    require("data/stories")
+    model, tok = byte_model
+    save_checkpoint(
+        tmp_path / "base.pt", kind="base", tokenizer=tok.state(), **model.to_checkpoint()
+    )
+    options = ["--device=cpu", f"--init={tmp_path}/base.pt", "--longest=260", f"--out={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "demo_kinds.py"), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "demo_kinds.json").read_text())
+    for kind in demo_kinds.KINDS:
+        assert metrics["measured"][kind] > metrics["true"][kind] > 10
+    assert 0 < metrics["left_out"] < 200
+    assert (tmp_path / "demo_kinds.png").exists()
+
+    # No story has so few bytes.
+    options[2] = "--longest=50"
+    done = subprocess.run(
+        [sys.executable, str(HERE / "demo_kinds.py"), *options], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "--longest=50 leaves out every story" in done.stderr

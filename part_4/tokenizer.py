@@ -24,8 +24,10 @@ import regex  # not re: \p{L} and \p{N} are Unicode's letters and numbers
 import tiktoken
 
 # The text is first cut into pre-tokens, and merges never cross their borders. This is GPT-4's
-# pattern. Python's regex and tiktoken's engine read it the same way, except for letters that are
-# newer than the Unicode tables of one of them.
+# pattern, except that it cuts numbers into groups of up to three digits. Here each digit is a
+# token, as in Qwen's tokenizer: in 47 + 5 a model must see that the 7 and the 5 give a carry, and a
+# single token for 47 would hide its digits. Python's regex and tiktoken's engine read the pattern
+# the same way, except for letters that are newer than the Unicode tables of one of them.
 PATTERN = "|".join(
     [
         r"'(?i:[sdmt]|ll|ve|re)",  # the end of a contraction: 's, 've

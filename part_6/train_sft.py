@@ -474,6 +474,8 @@ if __name__ == "__main__":
     # show what it learned
     for name, share in shares.items():
         print(f"{name:24} {share:6.3f}")
+    if shares.get("spell", 1) < 0.5:
+        print("(spelling stays hard for this model: a token does not show its letters)")
     for record, answer in list(zip(asked, answers))[:3]:
         dots = "" if answer.ended else " ..."
         print(f"\n{record['instruction']}\n  -> {answer.text}{dots}")

@@ -597,7 +597,7 @@ def test_the_laboratory_as_scripts(tmp_path):
         assert (tmp_path / f"out/demo_{name}.png").read_bytes().startswith(b"\x89PNG")
         results[name] = json.loads((tmp_path / f"out/demo_{name}.json").read_text())
     for runs in results["reasoning"]["accuracy"].values():
-        assert list(runs[0]) == [str(level) for level in range(1, 9)]
+        assert list(runs[0]) == [str(level) for level in range(1, 7)]
     assert len(results["reasoning_grpo"]["logs"][demo_reasoning_grpo.OUTCOME][0]) == 1
     assert results["test_time"]["ks"] == [1, 2, 4]
     judged = results["test_time"]["curves"][demo_test_time.JUDGE][0]

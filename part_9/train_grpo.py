@@ -564,6 +564,7 @@ if __name__ == "__main__":
 
     # training loop
     torch.manual_seed(cfg.seed)
+    taught = defaultdict(list)  # {task: for each group, whether it taught anything}
     log = Log(out, cfg.steps)
     for step in range(cfg.steps):
         start = time.time()
@@ -589,6 +590,8 @@ if __name__ == "__main__":
 
         # report; a group whose rewards are all equal teaches nothing
         equal_groups = (advantages.view(-1, cfg.group) == 0).all(dim=1)
+        for record, is_equal in zip(records[:: cfg.group], equal_groups.tolist()):
+            taught[record.get("task", "story")].append(not is_equal)
         report = {
             "reward": reward.mean().item(),
             "gold": sum(passed(records, answers)) / len(records),
@@ -646,6 +649,12 @@ if __name__ == "__main__":
         print(f"  SFT:  {before.answers[i].text}")
         print(f"  GRPO: {after.answers[i].text}")
     print(f"\n{seconds:.0f} s, {after.kl:.2f} nats of KL per story")
-    print(f"{'gold on held-out prompts':26} {'SFT':>6} {'GRPO':>6}")
+    print(f"{'gold on held-out prompts':26} {'SFT':>6} {'GRPO':>6}  groups that taught anything")
     for task in before.gold:
-        print(f"{task:26} {before.gold[task]:6.3f} {after.gold[task]:6.3f}")
+        share = sum(taught[task]) / max(1, len(taught[task]))
+        print(
+            f"{task:26} {before.gold[task]:6.3f} {after.gold[task]:6.3f}  "
+            f"{share:.2f} of {len(taught[task])}"
+        )
+    if after.gold.get("spell", 1) < 0.5:
+        print("(spelling stays hard for this model: a token does not show its letters)")
