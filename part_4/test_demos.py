@@ -1188,7 +1188,7 @@ def test_demo_kinds_as_a_script(byte_model, tmp_path):
     metrics = json.loads((tmp_path / "demo_kinds.json").read_text())
     for kind in demo_kinds.KINDS:
         assert metrics["measured"][kind] > metrics["true"][kind] > 10
-    assert 0 < metrics["left_out"] < 200
+    assert 0 < metrics["left_out"] < 300
     assert (tmp_path / "demo_kinds.png").exists()
 
     # No story has so few bytes.
