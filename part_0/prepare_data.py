@@ -708,8 +708,8 @@ IS_A = {
 def is_a(rng, level):
     """A question about the taxonomy. Level 1 goes one step up the tree (a fox is a wild animal).
     Level 2 goes two steps at once (a fox is an animal), which the text never says. Level 3 asks for
-    both steps, one after the other. In validation, no question of this level has been asked about
-    the same thing before."""
+    one step and then the other. In validation, no question of this level has been asked about the
+    same thing before."""
     kind = rng.choice(list(TREE))
     group = rng.choice(list(TREE[kind]))
     leaf = rng.choice(TREE[kind][group].split())
@@ -720,7 +720,7 @@ def is_a(rng, level):
     elif level == 2:
         answer = grandparent
     else:
-        answer = capital(f"{child} is {parent}. ") + capital(f"{parent} is {grandparent}.")
+        answer = f"{parent}, and so {grandparent}"
 
     question = rng.choice(IS_A[level]).format(child=child)
     return Exercise(question, "", answer, f"is_a {level} {leaf}")

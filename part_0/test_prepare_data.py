@@ -524,11 +524,12 @@ def answer_to_skill(record, parents):
     child = next(word for word in question if word in parents)
     parent = parents[child]
     grandparent = parents[parent]
-    if record["level"] < 3:
-        return article(parent if record["level"] == 1 else grandparent)
-    first = f"{article(child)} is {article(parent)}."
-    second = f"{article(parent)} is {article(grandparent)}."
-    return f"{first[0].upper()}{first[1:]} {second[0].upper()}{second[1:]}"
+    answers = {
+        1: article(parent),
+        2: article(grandparent),
+        3: f"{article(parent)}, and so {article(grandparent)}",
+    }
+    return answers[record["level"]]
 
 
 def article(noun):

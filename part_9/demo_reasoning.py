@@ -73,6 +73,7 @@ class Config:
     steps: int = 1000  # optimizer steps of the model that solves problems in steps
     batch_size: int = 16  # demonstrations per step
     lr: float = 0.02  # learning rate of Muon
+    lr_adamw: float = 3e-3  # learning rate of AdamW
     prompts: int = 60  # held-out problems of each number of operations
     seed: int = 0  # seed of all random numbers
     seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
@@ -152,6 +153,7 @@ def tune(records, steps, seed, path, init, cfg, device):
         "steps": steps,
         "batch_size": cfg.batch_size,
         "lr": cfg.lr,
+        "lr_adamw": cfg.lr_adamw,
         "eval_every": 10 * steps,  # only at the end
         "prompts": 8,
         "seed": seed,
