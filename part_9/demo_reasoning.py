@@ -292,20 +292,22 @@ def draw(title, accuracy, longest_trained, path):
         [line] = ax.plot(levels, means, marker=marker, label=arm)
         ax.fill_between(levels, lows, highs, alpha=0.2, color=line.get_color())
     ax.axvline(longest_trained + 0.5, color="gray", linestyle=":")
-    ax.text(longest_trained + 0.55, 0.95, "longer than any\nin training", fontsize=9, va="top")
-    ax.set(ylim=(0, 1))
-    ax.legend()
+    ax.text(longest_trained + 0.55, 0.6, "longer than any\nin training", fontsize=9)
+    ax.set(ylim=(0, 1.03))
+    ax.legend(loc="upper right")
     save_figure(fig, path)
 
 
-def finding(accuracy):
-    """The title of the figure: how far are the steps ahead at three operations?"""
+def finding(accuracy, longest_trained):
+    """The title of the figure: how far are the steps ahead at three operations, and do they help
+    with problems that are longer than any in training?"""
     steps = [run[3] for run in accuracy[IN_STEPS]]
     rivals = [run[3] for arm in (SAME_PROBLEMS, SAME_TOKENS) for run in accuracy[arm]]
     title = f"Three operations: {range_text(steps)} right in steps, {range_text(rivals)} at once"
     if min(steps) <= max(rivals):
-        title += "\n(no difference: the ranges overlap)"
-    return title
+        title += " (no difference)"
+    longer = [run[longest_trained + 1] for run in accuracy[IN_STEPS]]
+    return f"{title};\n{longest_trained + 1}, more than in training: {range_text(longer)} in steps"
 
 
 def range_text(values):
@@ -342,7 +344,8 @@ if __name__ == "__main__":
     for arm in ARMS:
         means, _, _ = spread([list(run.values()) for run in accuracy[arm]])
         print(f"{arm:28}" + "  ".join(f"{mean:.2f}" for mean in means))
-    title = finding(accuracy)
+    longest_trained = max(record["level"] for record in load_problems("problems"))
+    title = finding(accuracy, longest_trained)
     print(title)
     save_metrics(
         out,
@@ -352,5 +355,4 @@ if __name__ == "__main__":
         steps=cfg.steps,
         seeds=cfg.seeds,
     )
-    longest_trained = max(record["level"] for record in load_problems("problems"))
     draw(title, accuracy, longest_trained, out / "demo_reasoning.png")
