@@ -212,7 +212,8 @@ def draw(title, results, logs, path):
         right.plot(iterations, means, color=f"C{i}", label=name)
         right.fill_between(iterations, lows, highs, color=f"C{i}", alpha=0.2)
     right.set(xlabel="iteration of GRPO", ylabel="share of right answers with right steps")
-    right.legend(fontsize=8)
+    right.set(ylim=(0, 1.03))
+    right.legend(fontsize=8, loc="lower right")
     save_figure(fig, path)
 
 

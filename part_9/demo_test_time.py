@@ -220,8 +220,9 @@ def draw(title, ks, curves, lengths, path):
             ax.plot(xs, means, marker="os^D"[i], color=f"C{i}", label=name)
             ax.fill_between(xs, lows, highs, color=f"C{i}", alpha=0.2)
     for ax, label in ((axes[0], "answers to a problem, k"), (axes[1], "tokens for a problem")):
-        ax.set(xscale="log", xlabel=label, ylim=(0, 1.05))
+        ax.set(xlabel=label, ylim=(0, 1.05))
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
     axes[0].set(ylabel="share of problems right")
     axes[0].legend(fontsize=8)
     save_figure(fig, path)
