@@ -161,7 +161,7 @@ def test_a_model_learns_what_counts(arm, tmp_path):
     and only with prompts they learn that 10 comes second."""
     torch.manual_seed(0)
     model = GPT(TINY)
-    cfg = SFTConfig(steps=60, batch_size=8)
+    cfg = SFTConfig(steps=60, batch_size=8, lr=0.01, lr_adamw=3e-3)
     log = Log(tmp_path, 100)
     demo_masking.train(model, TINY_TASK, arm, cfg, END, "cpu", nullcontext, log, 40, "short")
     for i in range(8):
