@@ -807,7 +807,8 @@ def normal_form(text):
     return " ".join(text.lower().split()).removesuffix(".")
 
 
-EQUATION = re.compile(r"(\d+) ?([-+*]) ?(\d+) ?= ?(\d+)")
+# Longer numbers than these are no part of an equation: Python refuses to convert very long ones.
+EQUATION = re.compile(r"(\d{1,15}) ?([-+*]) ?(\d{1,15}) ?= ?(\d{1,15})")
 
 
 def judge_steps(expected, text):

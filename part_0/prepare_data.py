@@ -227,8 +227,6 @@ QUESTION = "How many {things} did {name} have in the end?"
 STEP_BY_STEP = " Think step by step."  # after the question: the solution begins with its steps
 CONCLUSION = "The answer is {n}."
 
-# A distractor is about another person and other things. It changes nothing.
-P_DISTRACTOR = 0.5  # from three operations on
 MOST_OPERATIONS = 3  # in the text and in the instructions
 FIRST_NUMBERS = range(2, 21)  # somebody has 2 to 20 things, because "1 plums" is wrong
 LARGEST_DRAWN = 9  # the number of an operation is drawn up to this one
@@ -436,26 +434,25 @@ def draw_problem(rng, operations):
         result = calculate(sign, value, n)
         steps.append(f"{value}{sign}{n}={result}")
         value = result
+
+        # After a comparison the problem goes on with the other person.
         if any(word in sentence for word in COMPARISONS):
             name = other
 
-    # A distractor comes somewhere after the first sentence.
-    nats = draw.nats
-    if operations >= 3:
-        if rng.random() < P_DISTRACTOR:
-            other_things = [thing for thing in SLOTS["thing"] if plural(thing) != things]
-            distractor = START.format(
-                name=draw(new_names),
-                n=draw(FIRST_NUMBERS),
-                things=plural(draw(other_things)),
-            )
-            sentences.insert(draw(range(1, operations + 2)), distractor)
-            nats = draw.nats - log(P_DISTRACTOR)
-        else:
-            nats -= log(1 - P_DISTRACTOR)
+    # Half of the longer problems have a distractor, somewhere after the first sentence. It is about
+    # another person and other things, and changes nothing.
+    if operations >= 3 and draw([True, False]):
+        other_things = [thing for thing in SLOTS["thing"] if plural(thing) != things]
+        distractor = START.format(
+            name=draw(new_names),
+            n=draw(FIRST_NUMBERS),
+            things=plural(draw(other_things)),
+        )
+        place = draw(range(1, operations + 2))
+        sentences.insert(place, distractor)
 
     question = QUESTION.format(name=name, things=things)
-    return Problem(sentences, question, steps, value, nats)
+    return Problem(sentences, question, steps, value, draw.nats)
 
 
 def request(problem, in_steps):
@@ -740,7 +737,8 @@ SKILLS = {
 def skill_record(rng, val):
     """One exercise on one side of the split."""
     while True:
-        task = rng.choice([*SKILLS, "is_a"])  # is_a twice: a question for each edge and each word
+        # The taxonomy is drawn twice as often as the others, because it asks about many things.
+        task = rng.choice([*SKILLS, "is_a"])
         level = rng.randint(1, 3)
         exercise = SKILLS[task](rng, level)
         composition = exercise.composition or exercise.instruction + "\n" + exercise.input

@@ -134,6 +134,13 @@ def checkpoint_of(arm, seed, out):
     return out / f"demo_reasoning.{arm.replace(' ', '_').replace(',', '')}.{seed}" / "sft.pt"
 
 
+def model_folder(cfg, out):
+    """The folder for the models of a run. The two other demos look for them in OUT, whatever the
+    number of seeds or of held-out problems was."""
+    changed = set(cfg.changed) - {"seed", "seeds", "prompts"}
+    return out if cfg.out or changed else OUT
+
+
 def tune(records, steps, seed, path, init, cfg, device):
     """Trains a model on these demonstrations by Part 6's trainer, in a process of its own, and
     leaves its checkpoint at `path`."""
@@ -329,7 +336,7 @@ if __name__ == "__main__":
     all_steps_right = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for arm in ARMS:
-            path = train_arm(arm, seed, out, cfg, device)
+            path = train_arm(arm, seed, model_folder(cfg, out), cfg, device)
             torch.manual_seed(seed)
             asked = val if arm == IN_STEPS else val_at_once
             samples = sample(load_solver(path, device), asked, 4, device)

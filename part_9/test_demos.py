@@ -450,6 +450,24 @@ def test_the_arms_read_equally_many_problems_or_tokens():
     assert read[demo_reasoning.SAME_TOKENS][1] == pytest.approx(in_steps[1], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "options, is_shared",
+    [
+        ([], True),
+        (["--seeds=3"], True),
+        (["--seed=1", "--prompts=9"], True),
+        (["--steps=7"], False),
+        (["--seeds=3", "--lr=0.1"], False),
+        (["--out=/tmp/elsewhere"], False),
+    ],
+)
+def test_models_of_other_seeds_are_found_by_the_other_demos(options, is_shared):
+    cfg = parse_args(demo_reasoning.Config, argv=options)
+    out = Path("/tmp/elsewhere")
+    folder = demo_reasoning.model_folder(cfg, out)
+    assert folder == (demo_reasoning.OUT if is_shared else out)
+
+
 def test_by_level_is_a_mean_over_the_problems_of_each_level():
     records = [{"level": 2}, {"level": 1}, {"level": 2}]
     values = torch.tensor([[True, False], [True, True], [False, False]])
