@@ -639,6 +639,7 @@ SOLVED = {"check": {"number": "10", "steps": ["7-2=5", "5*2=10"]}}
         ("7-2=5. The answer is 10.", True, [True, False]),
         ("10", True, [False, False]),
         ("The answer is 100.", False, [False, False]),
+        ("7-2=5. 5*2=10. The answer is 12.", False, [True, True]),
         ("Ten.", False, [False, False]),
         ("7-2=5. 1+1=" + "9" * 5000, False, [True, False]),
         ("", False, [False, False]),

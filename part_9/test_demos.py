@@ -523,15 +523,19 @@ def test_pairs_have_a_right_and_a_wrong_solution():
 
 
 def test_ways_to_choose_by_hand():
-    """In the second problem the reward model likes a wrong answer best."""
+    """A reward model that likes right answers best, and one that likes wrong ones best."""
     good, bad = "7-2=5. The answer is 5.", "7-2=6. The answer is 6."
     texts = [[bad, good, bad, "The answer is 8."], [good, bad, good, good]]
     records = [PROBLEM] * 2
-    rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
-    curves = demo_test_time.curves_of(samples_of(texts, records), rewards, [1, 4], seed=0)
+    samples = samples_of(texts, records)
+    rewards = torch.tensor([[1.0, 3.0, 2.0, 0.0], [3.0, 0.0, 2.0, 1.0]])
+    curves = demo_test_time.curves_of(samples, rewards, [1, 4], seed=0)
     assert curves[demo_test_time.VOTE][1] == 0.5
-    assert curves[demo_test_time.REWARD][1] == 0.5
+    assert curves[demo_test_time.REWARD][1] == 1.0
     assert curves[demo_test_time.JUDGE][1] == 1.0
+    misled = demo_test_time.curves_of(samples, -rewards, [1, 4], seed=0)
+    assert misled[demo_test_time.REWARD][1] == 0.0
+    assert misled[demo_test_time.JUDGE][1] == 1.0
 
     # A single answer is no choice: 1 of 4 and 3 of 4 are right, whoever chooses.
     for curve in curves.values():
