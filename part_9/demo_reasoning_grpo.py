@@ -200,6 +200,7 @@ def draw(title, results, logs, path):
                 left.bar(position, mean, width=0.38, color=colour, label=label)
                 left.vlines(position, min(values), max(values), color="black")
     left.set(ylabel=f"share, problems of {LEVEL} operations", ylim=(0, 1.35))
+    left.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     left.set_xticks([2.4 * i + 0.5 for i in range(len(names))])
     left.set_xticklabels([name.replace(", ", "\n").replace(" reward", "") for name in names])
     left.legend(fontsize=8, ncols=2, loc="upper center")
@@ -223,9 +224,8 @@ def finding(results):
     after = [result.pass_1 for result in results[OUTCOME]["after"]]
     steps_right = [result.steps_right for result in results[OUTCOME]["after"]]
     return (
-        f"GRPO, answer rewarded: {range_text(before)} -> {range_text(after)} of problems with "
-        f"{LEVEL} operations right;\n{range_text(steps_right)} of the right answers have right "
-        "steps throughout"
+        f"GRPO, answer rewarded, {LEVEL} operations: {range_text(before)} -> {range_text(after)} "
+        f"right;\n{range_text(steps_right)} of the right answers have right steps throughout"
     )
 
 
