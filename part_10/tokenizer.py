@@ -1,0 +1,74 @@
+"""
+Part 10: the tokenizer that Part 4 trained, loaded from a checkpoint.
+
+From part_9/tokenizer.py
+
+    tok = Tokenizer.load(checkpoint["tokenizer"])
+    ids = tok.encode("Once upon a time")
+    tok.decode(ids) == "Once upon a time"   # True for every text
+
+Ids: 0 to 255 are the bytes themselves, then come the merges in the order in which they were
+learned, then the special tokens.
+"""
+
+import tiktoken
+
+# The text is first cut into pre-tokens, and merges never cross their borders. This is GPT-4's
+# pattern, except that it cuts numbers into groups of up to three digits. Here each digit is a
+# token, as in Qwen's tokenizer: in 47 + 5 a model must see that the 7 and the 5 give a carry, and a
+# single token for 47 would hide its digits. Python's regex and tiktoken's engine read the pattern
+# the same way, except for letters that are newer than the Unicode tables of one of them.
+PATTERN = "|".join(
+    [
+        r"'(?i:[sdmt]|ll|ve|re)",  # the end of a contraction: 's, 've
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the space or mark before it
+        r"\p{N}",  # a single digit
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation, with the line ends after it
+        r"\s*[\r\n]",  # white space up to a line end
+        r"\s+(?!\S)",  # white space, but for its last character, which belongs to the next word
+        r"\s+",  # any other white space
+    ]
+)
+
+SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+class Tokenizer:
+    def __init__(self, ranks, special=SPECIAL):
+        """ranks: a dict token (bytes) -> id, the 256 bytes first, without gaps.
+        special: names of special tokens, which get the next ids."""
+        self.special = {name: len(ranks) + i for i, name in enumerate(special)}
+        self.ranks = ranks
+        self.tokens = sorted(ranks, key=ranks.get) + [name.encode("utf-8") for name in special]
+        self.vocab_size = len(self.tokens)  # what was really merged, not what was asked for
+
+        # The bytes of text behind each id, for nats per byte. A special token stands for no text.
+        self.n_bytes = [len(token) for token in self.tokens[: len(ranks)]] + [0] * len(special)
+        self.encoding = tiktoken.Encoding(
+            "bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special
+        )
+
+    def encode(self, text):
+        """Text -> list of ids. A user who types "<|end|>" gets plain text, not the special id."""
+        return self.encoding.encode_ordinary(text)
+
+    def token_bytes(self, i):
+        """The bytes of one id. Those of a special token are its name's."""
+        assert 0 <= i < self.vocab_size, f"id {i} is not in a vocabulary of {self.vocab_size}"
+        return self.tokens[i]
+
+    def decode(self, ids):
+        """Ids -> text. A model may sample half a character: bytes that are not valid UTF-8 become
+        U+FFFD."""
+        text = b"".join(self.token_bytes(i) for i in ids)
+        return text.decode("utf-8", errors="replace")
+
+    def state(self):
+        """Everything as plain lists of bytes and strings, for a checkpoint."""
+        return {"tokens": self.tokens[: len(self.ranks)], "special": list(self.special)}
+
+    @classmethod
+    def load(cls, state):
+        """The tokenizer that state() described."""
+        ranks = {token: i for i, token in enumerate(state["tokens"])}
+        return cls(ranks, state["special"])
