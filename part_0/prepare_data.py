@@ -15,7 +15,8 @@ val.txt is the entropy of the source in nats per byte, which is the loss that no
                                                 obey, never with one that is held out for validation
     instructions.jsonl, instructions_val.jsonl  briefs, skills and problems, each with an answer;
                                                 many of the answers for training have faults
-    problems.jsonl, problems_val.jsonl          problems alone, each solved in steps; those for
+    problems.jsonl, problems_val.jsonl          problems alone, each solved in steps, one in four of
+                                                those for training with a fault; those for
                                                 validation are also longer than any in training
     preferences.jsonl, preferences_val.jsonl    two answers to a brief, labelled by a noisy judge
     taxonomy.tsv                                child, parent
@@ -1025,14 +1026,13 @@ def write_instructions(cfg, path, stories, skills, problems):
 
 
 def write_problems(cfg, path, number, most_operations):
-    """Write problems that are solved in steps and without errors, as many of each number of
-    operations."""
+    """Write problems that are solved in steps, as many of each number of operations."""
     rng = generator(cfg, path)
     val = is_validation(path)
     records = []
     for i in range(number):
         operations = 1 + i % most_operations
-        records.append(problem_record(rng, val, 0, operations, in_steps=True))
+        records.append(problem_record(rng, val, cfg.wrong, operations, in_steps=True))
     rng.shuffle(records)
     write_lines(path, [json.dumps(record) for record in records])
 

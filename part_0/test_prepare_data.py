@@ -605,13 +605,26 @@ def test_problems_are_solved_right(folder):
             in_steps = record["task"] == "problem"
             assert record["instruction"].endswith("Think step by step.") == in_steps
             assert record["check"].get("steps") == (solved.steps if in_steps else None)
-            if name != "instructions.jsonl":
+            if name in ("instructions_val.jsonl", "problems_val.jsonl"):
                 verdict = judge(record, record["output"])
                 assert verdict.passed and (not in_steps or all(verdict.steps)), record
 
     assert levels["instructions.jsonl"] == levels["instructions_val.jsonl"] == {1, 2, 3}
     assert levels["problems.jsonl"] == set(range(1, 5))
     assert levels["problems_val.jsonl"] == set(range(1, 7)), "longer than any in training"
+
+
+def test_a_quarter_of_the_problems_for_training_is_solved_wrong(folder):
+    """In both files, so that reinforcement learning has something to improve."""
+    for name in ("instructions.jsonl", "problems.jsonl"):
+        records = problems_of(folder, name)
+        wrong = 0
+        for record in records:
+            verdict = judge(record, record["output"])
+            wrong += not verdict.passed
+        # A wrong step leads to a wrong number, because the steps after it go on from there.
+        standard_deviation = math.sqrt(0.25 * 0.75 * len(records))
+        assert abs(wrong - 0.25 * len(records)) < 4 * standard_deviation, (name, wrong)
 
 
 def test_a_quarter_of_the_flawed_problems_has_one_error():

@@ -70,7 +70,7 @@ ARMS = [IN_STEPS, SAME_PROBLEMS, SAME_TOKENS]
 @dataclass
 class Config:
     init: str = ""  # checkpoint of the base model; empty: part_4/out/base.pt
-    steps: int = 1000  # optimizer steps of the model that solves problems in steps
+    steps: int = 800  # optimizer steps of the model that solves problems in steps
     batch_size: int = 16  # demonstrations per step
     lr: float = 0.02  # learning rate of Muon
     lr_adamw: float = 3e-3  # learning rate of AdamW

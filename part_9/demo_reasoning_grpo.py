@@ -67,7 +67,7 @@ LEVEL = 3  # number of operations of the problems that the figure and the claims
 
 @dataclass
 class Config:
-    steps: int = 30  # iterations of GRPO: each samples answers, scores them and updates the policy
+    steps: int = 60  # iterations of GRPO: each samples answers, scores them and updates the policy
     batch_size: int = 128  # answers per iteration
     group: int = 8  # answers per problem
     minibatches: int = 2  # updates per iteration
