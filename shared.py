@@ -49,7 +49,7 @@ ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps rope_base scale scor
 AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_target lr lr_adamw
     lr_head lr_value margin mlp_dim n_expert pairs policy_pairs seed shuffles sink
     target_loss temperature threads vf_coef weight_decay window"""
-UP_TO_1 = "decay gamma lam share small warmup wrong"
+UP_TO_1 = "decay delete_at gamma lam share small warmup wrong"
 
 # tiktoken's pattern matching gives up at a million blanks in a row.
 LONGEST_BLANK = 500_000
@@ -96,6 +96,7 @@ MAKERS = {
     "part_8/out/reinforce.pt": Maker("part_8/train_reinforce.py", seconds=60),
     "part_8/out/ppo.pt": Maker("part_8/train_ppo.py", seconds=110),
     "part_9/out/grpo.pt": Maker("part_9/train_grpo.py", seconds=160),
+    "part_10/out/boundless.pt": Maker("part_10/boundless.py", seconds=10),
 }
 
 
