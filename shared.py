@@ -40,10 +40,10 @@ NEUTRAL = {"out", "device", "resume", "save_every", "eval_every", "log_every", "
 
 # An option of one of these names has this range in every script. A script asserts what is special
 # to it, for example that one size divides another.
-AT_LEAST_1 = """accum batch_size block_size draws epochs eval_bytes group held_out kill last
-    length longer longest max_new_tokens minibatches moe_every n_embd n_head n_kv_head n_layer
-    per_step positions probe_steps prompts repeats rm_steps row samples save_every seeds steps
-    streams terms top_k_experts vocab_size width windows"""
+AT_LEAST_1 = """accum batch_size block_size context_dim draws epochs eval_bytes group held_out
+    kill last length longer longest max_new_tokens minibatches moe_every n_embd n_head n_kv_head
+    n_layer per_step positions probe_steps prompts repeats rm_steps row samples save_every seeds
+    steps streams terms top_k_experts vocab_size width windows"""
 ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps rope_base scale score_clip seconds tau
     vf_clip"""
 AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_target lr lr_adamw
@@ -97,6 +97,7 @@ MAKERS = {
     "part_8/out/ppo.pt": Maker("part_8/train_ppo.py", seconds=110),
     "part_9/out/grpo.pt": Maker("part_9/train_grpo.py", seconds=160),
     "part_10/out/boundless.pt": Maker("part_10/boundless.py", seconds=10),
+    "part_10/out/context.pt": Maker("part_10/train_context.py", seconds=240),
     "part_10/out/thoughts.pt": Maker("part_10/train_thoughts.py", seconds=90),
 }
 
