@@ -42,14 +42,14 @@ NEUTRAL = {"out", "device", "resume", "save_every", "eval_every", "log_every", "
 # to it, for example that one size divides another.
 AT_LEAST_1 = """accum asked batch_size block_size context_dim draws entropy_steps epochs
     eval_bytes group hash_rows held_out kill last length longer longest max_new_tokens minibatches
-    moe_every n_embd n_head n_kv_head n_layer n_local n_query per_step positions probe_steps
-    prompts repeats rm_steps row samples save_every seeds steps streams terms top_k_experts
-    vocab_size width windows"""
+    moe_every n_embd n_head n_kv_head n_layer n_local n_query negatives per_step positions
+    probe_steps prompts repeats rm_steps row samples save_every seeds steps streams terms
+    top_k_experts vocab_size width windows"""
 ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps patch_bytes rope_base scale score_clip
     seconds tau vf_clip"""
 AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_target lr lr_adamw
-    lr_head lr_value margin mlp_dim n_decoder n_encoder n_expert pairs policy_pairs seed shuffles
-    sink target_loss temperature threads vf_coef weight_decay window"""
+    lr_flat lr_head lr_value margin mlp_dim n_decoder n_encoder n_expert pairs policy_pairs seed
+    shuffles sink target_loss temperature threads vf_coef weight_decay window"""
 UP_TO_1 = "decay delete_at gamma lam share small warmup wrong"
 
 # tiktoken's pattern matching gives up at a million blanks in a row.
