@@ -101,6 +101,7 @@ MAKERS = {
     "part_10/out/boundless.pt": Maker("part_10/boundless.py", seconds=10),
     "part_10/out/context.pt": Maker("part_10/train_context.py", seconds=240),
     "part_10/out/lcm.pt": Maker("part_10/train_lcm.py", seconds=80),
+    "part_10/out/smollm2.pt": Maker("part_10/weights.py", seconds=30),
     "part_10/out/sonar.pt": Maker("part_10/train_sonar.py", seconds=45),
     "part_10/out/thoughts.pt": Maker("part_10/train_thoughts.py", seconds=90),
 }
@@ -552,6 +553,16 @@ def run_maker(path, maker):
     child = subprocess.run([sys.executable, str(ROOT / maker.script)], env=environment)
     if child.returncode != 0:
         sys.exit(child.returncode)
+
+
+def read_foreign(read, source, name=""):
+    """read(source), for a source that another project wrote and of which anything may be wrong.
+    Whatever read raises is one line that begins with the name of the source."""
+    try:
+        return read(source)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        fail(f"{name or source} is missing, truncated or of another kind ({reason})")
 
 
 def read_text(path):

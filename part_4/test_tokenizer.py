@@ -308,3 +308,18 @@ def test_the_state_survives_a_checkpoint(tok):
     assert loaded.n_bytes == tok.n_bytes
     text = make_text(200, seed=4)
     assert loaded.encode(text) == tok.encode(text)
+
+
+def test_another_pattern_is_used_and_saved():
+    """With this pattern every blank is a pre-token of its own, so " th" cannot be merged."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b" th": 257}
+    other = Tokenizer(ranks, pattern=r"\S+|\s")
+    for tok in (other, Tokenizer.load(other.state())):
+        assert tok.encode(" th") == tok.encode_slow(" th") == [32, 256]
+    assert Tokenizer(ranks).encode(" th") == [257]
+
+
+def test_a_state_without_a_pattern_has_ours(tok):
+    """Checkpoints of the first version of this file do not name the pattern."""
+    old_state = {name: value for name, value in tok.state().items() if name != "pattern"}
+    assert Tokenizer.load(old_state).state() == tok.state()

@@ -48,14 +48,14 @@ MAX_BYTES = 32  # a longer word, such as a line without blanks, is counted in pi
 SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
-def split(text):
+def split(text, pattern=PATTERN):
     """The pre-tokens of a text. Joined, they are the text again.
 
     "Hello world's 2026" -> ["Hello", " world", "'s", " ", "2", "0", "2", "6"]
     """
     # JSON can carry half of a surrogate pair, which has no UTF-8 form. Like tiktoken, replace it.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return regex.findall(PATTERN, text)
+    return regex.findall(pattern, text)
 
 
 def pairs(word):
@@ -159,18 +159,20 @@ def train_ranks(text, n_merges):
 
 
 class Tokenizer:
-    def __init__(self, ranks, special=SPECIAL):
+    def __init__(self, ranks, special=SPECIAL, pattern=PATTERN):
         """ranks: a dict token (bytes) -> id, the 256 bytes first, without gaps.
-        special: names of special tokens, which get the next ids."""
+        special: names of special tokens, which get the next ids.
+        pattern: the regular expression that cuts a text into pre-tokens."""
         self.special = {name: len(ranks) + i for i, name in enumerate(special)}
         self.ranks = ranks
+        self.pattern = pattern
         self.tokens = sorted(ranks, key=ranks.get) + [name.encode("utf-8") for name in special]
         self.vocab_size = len(self.tokens)  # what was really merged, not what was asked for
 
         # The bytes of text behind each id, for nats per byte. A special token stands for no text.
         self.n_bytes = [len(token) for token in self.tokens[: len(ranks)]] + [0] * len(special)
         self.encoding = tiktoken.Encoding(
-            "bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special
+            "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
         )
 
     @classmethod
@@ -194,7 +196,7 @@ class Tokenizer:
         With the three merges of "aaabdaaabac": "aab" -> a a b -> aa b (256 before 257) -> [256, 98]
         """
         ids = []
-        for piece in split(text):
+        for piece in split(text, self.pattern):
             word = [bytes([b]) for b in piece.encode("utf-8")]
             while True:
                 known = [pair for pair in zip(word, word[1:]) if pair[0] + pair[1] in self.ranks]
@@ -218,10 +220,15 @@ class Tokenizer:
 
     def state(self):
         """Everything as plain lists of bytes and strings, for a checkpoint."""
-        return {"tokens": self.tokens[: len(self.ranks)], "special": list(self.special)}
+        return {
+            "tokens": self.tokens[: len(self.ranks)],
+            "special": list(self.special),
+            "pattern": self.pattern,
+        }
 
     @classmethod
     def load(cls, state):
         """The tokenizer that state() described."""
         ranks = {token: i for i, token in enumerate(state["tokens"])}
-        return cls(ranks, state["special"])
+        pattern = state.get("pattern", PATTERN)  # older checkpoints do not name it
+        return cls(ranks, state["special"], pattern)

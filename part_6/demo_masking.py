@@ -212,7 +212,7 @@ if __name__ == "__main__":
     base = load_checkpoint(require(cfg.init), "base")
     base["gpt_config"]["block_size"] = cfg.block_size
     tok = Tokenizer.load(base["tokenizer"])
-    end = tok.special["<|end|>"]
+    end = tok.end
     train_records = encode_records(train_records, tok, cfg.block_size)
     val_records = encode_records(val_records, tok, cfg.block_size)
 

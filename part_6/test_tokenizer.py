@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 
 from shared import ROOT
-from tokenizer import SPECIAL, Tokenizer
+from tokenizer import PATTERN, SPECIAL, TEMPLATE, Tokenizer
 
 TEXTS = [
     "",
@@ -58,7 +58,8 @@ def test_load_reads_a_state_written_by_hand():
     assert tok.encode("thin th") == [256, 258, 257]
     assert tok.encode("é") == [0xC3, 0xA9]
     assert tok.decode([256, 258, 257]) == "thin th"
-    assert tok.state() == state
+    # A state without a pattern and a template has ours.
+    assert tok.state() == {**state, "pattern": PATTERN, "template": TEMPLATE}
 
 
 def test_it_reads_what_part_4_wrote(part_4):
@@ -74,6 +75,43 @@ def test_it_reads_what_part_4_wrote(part_4):
         assert ids == trained.encode(sample)
         assert ids == trained.encode_slow(sample)
     assert len(loaded.encode(text)) < len(text.encode()) / 2, "the merges must be used"
+
+
+def test_another_pattern_comes_back():
+    """With this pattern every blank is a pre-token of its own, so " th" cannot be merged."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b" th": 257}
+    tok = Tokenizer(ranks, pattern=r"\S+|\s")
+    loaded = Tokenizer.load(tok.state())
+    assert loaded.pattern == r"\S+|\s"
+    assert loaded.encode(" th") == [32, 256]
+    assert Tokenizer(ranks).encode(" th") == [257]
+
+
+def test_a_request_in_our_template(tok):
+    user, assistant, end = tok.special["<|user|>"], tok.special["<|assistant|>"], tok.end
+    assert tok.end == tok.special["<|end|>"]
+    assert tok.chat_prompt("thin") == [user, *tok.encode("thin"), assistant]
+
+    # What a user types never becomes a special token.
+    typed = tok.chat_prompt("<|end|><|assistant|>")
+    assert typed.count(assistant) == 1 and end not in typed
+
+
+def test_another_template_comes_back():
+    """ChatML, as SmolLM2 and Qwen have it."""
+    template = {
+        "start": "<|im_start|>user\n",
+        "answer": "<|im_end|>\n<|im_start|>assistant\n",
+        "end": "<|im_end|>",
+        "next": "\n<|im_start|>user\n",
+    }
+    ranks = {bytes([i]): i for i in range(256)}
+    tok = Tokenizer(ranks, ["<|im_start|>", "<|im_end|>"], template=template)
+    loaded = Tokenizer.load(tok.state())
+    assert loaded.end == 257
+    expected = [256, *b"user\nhi", 257, 10, 256, *b"assistant\n"]
+    assert loaded.chat_prompt("hi") == expected
+    assert loaded.decode(expected) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_pattern_is_part_4s(part_4):

@@ -52,7 +52,7 @@ TOK_END = TOK.special["<|end|>"]
 class TinyTokenizer:
     """What respond needs, for the vocabulary of 13 tokens."""
 
-    special = {"<|end|>": END}
+    end = END
 
     def decode(self, ids):
         return " ".join(str(i) for i in ids)

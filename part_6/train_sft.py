@@ -126,7 +126,7 @@ def chat_prompt(record, tok):
         text = record["instruction"] + "\n" + record["input"]
     else:
         text = record["instruction"]
-    return [tok.special["<|user|>"], *tok.encode(text), tok.special["<|assistant|>"]]
+    return tok.chat_prompt(text)
 
 
 def encode_records(records, tok, block_size):
@@ -136,7 +136,7 @@ def encode_records(records, tok, block_size):
     kept = []
     for record in records:
         prompt_ids = chat_prompt(record, tok)
-        answer_ids = [*tok.encode(record["output"]), tok.special["<|end|>"]]
+        answer_ids = [*tok.encode(record["output"]), tok.end]
         if len(prompt_ids) + len(answer_ids) <= block_size:
             kept.append({**record, "prompt_ids": prompt_ids, "answer_ids": answer_ids})
     if len(kept) < len(records):
@@ -305,7 +305,7 @@ class Answer(NamedTuple):
 def respond(model, tok, records, max_new_tokens, temperature=1.0):
     """The model answers each record's prompt_ids -> a list of Answer."""
     device = next(model.parameters()).device
-    end = tok.special["<|end|>"]
+    end = tok.end
     answers = []
     for i in range(0, len(records), 128):
         prompts = [record["prompt_ids"] for record in records[i : i + 128]]

@@ -141,14 +141,14 @@ def chat_prompt(record, tok):
         text = record["instruction"] + "\n" + record["input"]
     else:
         text = record["instruction"]
-    return [tok.special["<|user|>"], *tok.encode(text), tok.special["<|assistant|>"]]
+    return tok.chat_prompt(text)
 
 
 def encode_records(records, tok, block_size):
     """Adds "prompt_ids", and "chosen_ids" and "rejected_ids" with their end tokens, to each record
     -> the pairs that fit in block_size. The others are counted and left out: answers that are cut
     before they differ teach nothing."""
-    end = tok.special["<|end|>"]
+    end = tok.end
     kept = []
     for record in records:
         prompt_ids = chat_prompt(record, tok)
@@ -185,7 +185,7 @@ def with_end(answer, end):
 def sample_pairs(policy, tok, records, cfg, tau):
     """The policy answers each record's prompt_ids twice, and the noisy judge labels the two answers
     -> pairs. Answers that are equally good are left out."""
-    end = tok.special["<|end|>"]
+    end = tok.end
     rng = random.Random(cfg.seed)
     twice = [record for record in records for _ in range(2)]
     answers = respond(policy, tok, twice, cfg.max_new_tokens)
@@ -397,7 +397,7 @@ class Answer(NamedTuple):
 def respond(model, tok, records, max_new_tokens, temperature=1.0):
     """The model answers each record's prompt_ids -> a list of Answer."""
     device = next(model.parameters()).device
-    end = tok.special["<|end|>"]
+    end = tok.end
     answers = []
     for i in range(0, len(records), 128):
         prompts = [record["prompt_ids"] for record in records[i : i + 128]]

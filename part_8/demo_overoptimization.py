@@ -125,7 +125,7 @@ def pair_batch(records, tok, block_size, device):
     for side in ("chosen", "rejected"):
         for record in records:
             prompt = chat_prompt({"prompt": record["prompt"]}, tok)
-            answer = [*tok.encode(record[side]), tok.special["<|end|>"]]
+            answer = [*tok.encode(record[side]), tok.end]
             rows.append((prompt + answer)[:block_size])  # pairs of the stories always fit
             starts.append(len(prompt))
     lengths = [len(row) for row in rows]

@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 END = 12
 CONFIG = GPTConfig(vocab_size=13, block_size=24, n_layer=2, n_head=4, n_embd=16, mlp_dim=12)
 TOK = Tokenizer({bytes([i]): i for i in range(256)})
-STUB_TOK = SimpleNamespace(special={"<|end|>": END}, decode=str)  # for the vocabulary of 13
+STUB_TOK = SimpleNamespace(end=END, decode=str)  # for the vocabulary of 13
 
 # The two scripts share their data, rollout, scoring and evaluation.
 both_scripts = pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def train_reward_model(solver, seed, cfg, out, device):
 @torch.no_grad()
 def rewards_of(rm, tok, records, answers, device):
     """The reward of each of K answers to N problems -> (N, K)."""
-    end = tok.special["<|end|>"]
+    end = tok.end
     rows = []
     starts = []
     for record, group in zip(records, answers):

@@ -32,7 +32,7 @@ END = 12
 TINY = GPTConfig(vocab_size=13, block_size=24, n_layer=2, n_head=4, n_embd=16, mlp_dim=12)
 
 # The part of a tokenizer that a rollout needs. It decodes [3, 4] to "[3, 4]".
-STUB = SimpleNamespace(special={"<|end|>": END}, decode=str)
+STUB = SimpleNamespace(end=END, decode=str)
 
 
 def randomised(model, seed=0, std=0.2):

@@ -32,25 +32,46 @@ PATTERN = "|".join(
 
 SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
+# The chat template. A conversation is start, request, answer, what the model answers, end; then
+# next, request, answer, and so on. These are texts with the names of special tokens in them, and
+# the end is the name of one special token.
+TEMPLATE = {
+    "start": "<|user|>",
+    "answer": "<|assistant|>",
+    "end": "<|end|>",
+    "next": "<|user|>",
+}
+
 
 class Tokenizer:
-    def __init__(self, ranks, special=SPECIAL):
+    def __init__(self, ranks, special=SPECIAL, pattern=PATTERN, template=TEMPLATE):
         """ranks: a dict token (bytes) -> id, the 256 bytes first, without gaps.
-        special: names of special tokens, which get the next ids."""
+        special: names of special tokens, which get the next ids.
+        pattern: the regular expression that cuts a text into pre-tokens.
+        template: the texts around the messages of a conversation, as in TEMPLATE."""
         self.special = {name: len(ranks) + i for i, name in enumerate(special)}
         self.ranks = ranks
+        self.pattern = pattern
+        self.template = template
+        self.end = self.special.get(template["end"])  # the id of the token that ends an answer
         self.tokens = sorted(ranks, key=ranks.get) + [name.encode("utf-8") for name in special]
         self.vocab_size = len(self.tokens)  # what was really merged, not what was asked for
 
         # The bytes of text behind each id, for nats per byte. A special token stands for no text.
         self.n_bytes = [len(token) for token in self.tokens[: len(ranks)]] + [0] * len(special)
         self.encoding = tiktoken.Encoding(
-            "bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special
+            "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
         )
 
     def encode(self, text):
         """Text -> list of ids. A user who types "<|end|>" gets plain text, not the special id."""
         return self.encoding.encode_ordinary(text)
+
+    def chat_prompt(self, text):
+        """A request in the chat template -> list of ids. The answer comes right after them."""
+        before = self.encoding.encode(self.template["start"], allowed_special="all")
+        after = self.encoding.encode(self.template["answer"], allowed_special="all")
+        return [*before, *self.encode(text), *after]
 
     def token_bytes(self, i):
         """The bytes of one id. Those of a special token are its name's."""
@@ -65,10 +86,17 @@ class Tokenizer:
 
     def state(self):
         """Everything as plain lists of bytes and strings, for a checkpoint."""
-        return {"tokens": self.tokens[: len(self.ranks)], "special": list(self.special)}
+        return {
+            "tokens": self.tokens[: len(self.ranks)],
+            "special": list(self.special),
+            "pattern": self.pattern,
+            "template": self.template,
+        }
 
     @classmethod
     def load(cls, state):
         """The tokenizer that state() described."""
         ranks = {token: i for i, token in enumerate(state["tokens"])}
-        return cls(ranks, state["special"])
+        pattern = state.get("pattern", PATTERN)  # older checkpoints do not name it
+        template = state.get("template", TEMPLATE)  # nor do those of a base model
+        return cls(ranks, state["special"], pattern, template)

@@ -108,14 +108,14 @@ def chat_prompt(record, tok):
         text = record["instruction"] + "\n" + record["input"]
     else:
         text = record["instruction"]
-    return [tok.special["<|user|>"], *tok.encode(text), tok.special["<|assistant|>"]]
+    return tok.chat_prompt(text)
 
 
 def encode_records(records, tok, block_size):
     """Adds "prompt_ids", and "chosen_ids" and "rejected_ids" with their end tokens, to each record
     -> the pairs that fit in block_size. The others are counted and left out: answers that are cut
     before they differ teach nothing."""
-    end = tok.special["<|end|>"]
+    end = tok.end
     kept = []
     for record in records:
         prompt_ids = chat_prompt(record, tok)
@@ -237,7 +237,7 @@ class Answer(NamedTuple):
 def respond(model, tok, records, max_new_tokens, temperature=1.0):
     """The model answers each record's prompt_ids -> a list of Answer."""
     device = next(model.parameters()).device
-    end = tok.special["<|end|>"]
+    end = tok.end
     answers = []
     for i in range(0, len(records), 128):
         prompts = [record["prompt_ids"] for record in records[i : i + 128]]
@@ -396,7 +396,7 @@ if __name__ == "__main__":
         metrics["sft_gold"] = gold_share(stories, answers)
         answers = respond(policy, tok, stories, cfg.max_new_tokens)
         metrics["dpo_gold"] = gold_share(stories, answers)
-        end = tok.special["<|end|>"]
+        end = tok.end
         metrics["kl"] = answer_kl(policy, reference, stories, answers, end, device)
         title = (
             f"DPO: held-out gold {metrics['sft_gold']:.2f} -> {metrics['dpo_gold']:.2f} "

@@ -141,7 +141,7 @@ def chat_prompt(record, tok):
         text = record["instruction"] + "\n" + record["input"]
     else:
         text = record["instruction"]
-    return [tok.special["<|user|>"], *tok.encode(text), tok.special["<|assistant|>"]]
+    return tok.chat_prompt(text)
 
 
 def encode_records(records, tok, block_size, max_new_tokens):
@@ -280,7 +280,7 @@ def rollout(policy, tok, records, cfg, device):
     It samples at temperature 1 from the whole vocabulary: the log-probabilities that the loss uses
     must be those of the distribution that the tokens came from.
     """
-    end = tok.special["<|end|>"]
+    end = tok.end
     prompts = [record["prompt_ids"] for record in records]
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
     ids, logp = policy.generate(
