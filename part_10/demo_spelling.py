@@ -45,6 +45,7 @@ import demo_patches
 import train_blt
 from model import GPT
 from shared import (
+    fail,
     figure,
     judge,
     load_checkpoint,
@@ -127,6 +128,8 @@ def split_words(text, cfg, seed):
     official words are always held out."""
     counts = Counter(re.findall(rf"\b[A-Za-z]{{3,{LONGEST_WORD}}}\b", text.train))
     words = [word for word, _ in counts.most_common(MOST_WORDS)]
+    if len(words) < 8:
+        fail(f"--data={cfg.data} has only {len(words)} different words of three letters or more")
     official = official_words() if cfg.data == "stories" else []
 
     rng = random.Random(seed)
@@ -343,16 +346,19 @@ def draw(title, accuracy, errors, cfg, path):
     save_figure(fig, path)
 
 
-def missing_models(cfg, seed, device):
-    """Trains those models of demo_patches.py that its default run has not left behind for this text
-    and this seed -> the folder with all of them, and the Corpus."""
+def patches_config(cfg):
+    """The config with which demo_patches.py trains the models of this demo."""
     argv = [f"--data={cfg.data}", f"--vocab_size={cfg.vocab_size}"]
     argv.append(f"--eval_bytes={cfg.eval_bytes}")
     if cfg.models:
         argv.append(f"--out={cfg.models}")
-    patches_cfg = parse_args(demo_patches.Config, argv=argv)
+    return parse_args(demo_patches.Config, argv=argv)
+
+
+def train_missing(patches_cfg, corpus, seed, device):
+    """Trains those models that demo_patches.py has not left behind for this text and this seed
+    -> the folder with all of them."""
     folder = demo_patches.model_folder(patches_cfg, output_folder(patches_cfg))
-    corpus = demo_patches.load_corpus(patches_cfg)
     missing = []
     for name in ARMS:
         if not demo_patches.checkpoint_of(name, seed, folder).exists():
@@ -360,13 +366,16 @@ def missing_models(cfg, seed, device):
     if missing:
         print(f"seed {seed}: training {len(missing)} models, as demo_patches.py does", flush=True)
         demo_patches.train_all(missing, seed, corpus, patches_cfg, folder, device)
-    return folder, corpus
+    return folder
 
 
 if __name__ == "__main__":
     cfg = parse_args(Config)
     set_seed(cfg.seed)
     device = pick_device(cfg.device)
+    patches_cfg = patches_config(cfg)
+    corpus = demo_patches.load_corpus(patches_cfg)
+    split_words(corpus.text, cfg, cfg.seed)  # a text with too few words ends here
     out = output_folder(cfg)
 
     accuracy = {name: [] for name in ARMS}  # on held-out words
@@ -375,7 +384,7 @@ if __name__ == "__main__":
     guesses = []  # what the same answer to all questions for a count would reach
     errors = {name: [] for name in ARMS}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        folder, corpus = missing_models(cfg, seed, device)
+        folder = train_missing(patches_cfg, corpus, seed, device)
         words = split_words(corpus.text, cfg, seed)
         print(f"seed {seed}: {len(words.train)} words, {len(words.held_out)} held out", flush=True)
         asked = words.held_out[: cfg.asked]

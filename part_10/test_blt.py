@@ -624,6 +624,7 @@ def folder(tmp_path_factory):
         lines.append(" ".join(rng.choice(words) for _ in range(8)) + ".")
     (folder / "my.txt").write_text("\n".join(lines))
     (folder / "short.txt").write_text("too short")
+    (folder / "words.txt").write_text("kite " * 2000)
     return folder
 
 
@@ -686,6 +687,7 @@ def test_both_demos_as_scripts(folder):
         ("demo_patches.py", ["--sentence=" + "a" * 257], "at most 256 bytes"),
         ("demo_spelling.py", ["--share=1"], "between 0 and 1"),
         ("demo_spelling.py", ["--data=short.txt"], "too short"),
+        ("demo_spelling.py", ["--data=words.txt"], "only 1 different words"),
     ],
 )
 def test_bad_input_ends_in_one_line(folder, script, options, words):

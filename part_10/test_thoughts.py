@@ -246,6 +246,18 @@ def test_pause_tokens_are_the_same_for_all_problems_and_thoughts_are_not():
     assert ((thoughts[1:] - thoughts[:1]).abs().amax(dim=(1, 2)) > 0.01).all()
 
 
+def test_what_a_pause_token_computes_is_read_from_the_second_block_on():
+    """Its keys and values in the first block are the same for all problems."""
+    question = make_problems().question
+    Q = question.size(1)
+    for kind, first_is_equal in (("pause", True), ("thoughts", False)):
+        _, cache = make_model(kind).think(question, 2)
+        for layer, (_, v) in cache.kv.items():
+            spread = (v[:, :, Q:] - v[:1, :, Q:]).abs().max().item()
+            is_equal = spread < 1e-9 * v.abs().max().item()
+            assert is_equal == (first_is_equal and layer == 0)
+
+
 @pytest.mark.parametrize("kind, replaced", [("steps", 0), ("thoughts", 2), ("at_once", 3)])
 def test_solve_says_the_likeliest_numbers(kind, replaced):
     model = make_model(kind)

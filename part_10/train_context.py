@@ -800,7 +800,7 @@ def finding_distance(results, cfg):
         runs = results[arm_name(kind, cfg.window)]
         if kind != "constant":
             costs = [cost_outside(run, cfg.window) for run in runs]
-            texts.append(f"{kind} {range_text(costs)}")
+            texts.append(f"{kind} {mean_of(costs):.2f}")
     return (
         f"Nats of a rare token that was last mentioned more than {cfg.window} tokens ago,\n"
         f"with a window of {cfg.window}: " + ", ".join(texts)

@@ -4,6 +4,7 @@ thought that are vectors instead of words. Does that help as much as writing the
 
     python part_10/train_thoughts.py                     one seed
     python part_10/train_thoughts.py --seeds=3           three seeds: how much is chance?
+    python part_10/train_thoughts.py --n_layer=2         two blocks: a chance for pause tokens
     python part_10/train_thoughts.py --curriculum=false  thoughts from the first step of training on
     python part_10/train_thoughts.py --kinds=thoughts,steps --per_step=2
                                                          only two of the arms, more thoughts
@@ -38,7 +39,8 @@ first step is replaced by a thought, then the first two, and so on (stage). inte
 through the same curriculum, but puts nothing in the place of a step (Deng et al. 2024, "From
 explicit CoT to implicit CoT"). pause puts a token there that is always the same. So these two tell
 apart what comes from the curriculum, from more computation, and from a thought that can carry
-something on.
+something on. Note that pause tokens need a second block. In the first one, keys and values come
+from the embeddings alone, and those of a pause token are always the same.
 
 Shapes: B batch, Q tokens of a question, L steps of a solution, n thoughts, T time, C channels,
         V vocabulary.
