@@ -43,6 +43,10 @@ from shared import (
 LABEL_RADIUS = 1.09
 LABEL_HEIGHT = 0.047
 
+# What one letter of such a name takes, and how many letters of a name are shown.
+LETTER_WIDTH = 0.028
+MOST_LETTERS = 24
+
 # With more leaves than fit around the circle, none of them gets a name.
 MOST_LEAVES = int(2 * math.pi * LABEL_RADIUS / LABEL_HEIGHT)
 
@@ -74,7 +78,7 @@ def centred(points, root):
     return Poincare.add(-points[root], points)
 
 
-def geodesic(x, y, steps=40):
+def geodesic(x, y, steps=200):
     """Points on the straight line of the disk from x to y (steps, 2)."""
     shares = torch.linspace(0, 1, steps, dtype=x.dtype)[:, None]
     return Poincare.exp(x, shares * Poincare.log(x, y))
@@ -173,9 +177,18 @@ def draw_disk(ax, graph, points, width):
     ax.axis("off")
 
 
+def shown_name(name):
+    """A name that is not too long for the picture."""
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
+
+
 def label_leaves(ax, graph, points, leaves):
-    """Writes the names of the leaves around the disk, along its rays -> the texts."""
+    """Writes the names of the leaves around the disk, along its rays -> the texts. The longest one
+    decides how much room the disk leaves them."""
     branches = branch_of(graph)
+    longest = max(len(shown_name(graph.names[node])) for node in leaves)
+    reach = LABEL_RADIUS + 0.04 + LETTER_WIDTH * longest
+    ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
     angles = torch.atan2(points[leaves, 1], points[leaves, 0]).numpy()
     gap = LABEL_HEIGHT / LABEL_RADIUS
     texts = []
@@ -198,13 +211,14 @@ def label_leaves(ax, graph, points, leaves):
         text = ax.text(
             LABEL_RADIUS * x,
             LABEL_RADIUS * y,
-            graph.names[node],
+            shown_name(graph.names[node]),
             rotation=math.degrees(angle) + (180 if is_left else 0),
             rotation_mode="anchor",
             ha="right" if is_left else "left",
             va="center",
-            fontsize=9,
+            fontsize=12 / reach,
             color=colour,
+            parse_math=False,
         )
         texts.append(text)
     return texts
@@ -224,7 +238,7 @@ def label_inner(fig, ax, graph, points, nodes, texts):
             angle = place * math.pi / 4
             distance = 9 if place < 8 else 16  # points of the page, between node and name
             text = ax.annotate(
-                graph.names[node],
+                shown_name(graph.names[node]),
                 points[node].tolist(),
                 xytext=(distance * math.cos(angle), distance * math.sin(angle)),
                 textcoords="offset points",
@@ -234,6 +248,7 @@ def label_inner(fig, ax, graph, points, nodes, texts):
                 fontweight="bold",
                 color=branch_colour(branches[node]),
                 zorder=4,
+                parse_math=False,
                 path_effects=[withStroke(linewidth=3, foreground="white")],
             )
             box = text.get_window_extent(renderer).padded(3)
@@ -248,25 +263,26 @@ def label_inner(fig, ax, graph, points, nodes, texts):
 def write_names(fig, ax, graph, points):
     """The names of all leaves, if they fit around the disk, and of as many inner nodes as fit into
     it -> the texts, of which no two overlap."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     children = children_of(graph)
     leaves = [node for node, mine in enumerate(children) if not mine]
     inner = [node for node, mine in enumerate(children) if mine]
     inner.sort(key=lambda node: graph.depth[node].item())
     texts = []
+    ax.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
     if len(leaves) <= MOST_LEAVES:
         texts = label_leaves(ax, graph, points, leaves)
+
+    # From here on the layout is final, and the boxes of texts can be compared.
+    FigureCanvasAgg(fig).draw()
     return label_inner(fig, ax, graph, points, inner[:60], texts)
 
 
 def draw_poster(title, graph, points, path):
     """The disk with all names that fit -> how many names there are."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    fig, ax = figure(title, height=8.4)
+    fig, ax = figure(title, height=8.3)
     draw_disk(ax, graph, points, width=1.6)
-    ax.set(xlim=(-1.38, 1.38), ylim=(-1.38, 1.38))
-    FigureCanvasAgg(fig).draw()  # now the layout is final, and boxes of texts can be compared
-
     texts = write_names(fig, ax, graph, points)
     save_figure(fig, path)
     return len(texts)
@@ -276,7 +292,7 @@ def draw_planes(title, graph, disk, flat, path):
     """The same tree in the hyperbolic and in the flat plane."""
     fig, (left, right) = figure(title, columns=2, height=4.9)
     draw_disk(left, graph, disk.points, width=0.8)
-    left.set_title(f"hyperbolic plane: MAP {disk.map:.2f}", fontsize=11)
+    left.set_title("hyperbolic plane", fontsize=11)
 
     branches = branch_of(graph)
     for child, parent in graph.edges.tolist():
@@ -286,9 +302,13 @@ def draw_planes(title, graph, disk, flat, path):
     colours = [branch_colour(branch) for branch in branches]
     sizes = [14 * 0.75**depth for depth in graph.depth.tolist()]
     right.scatter(flat.points[:, 0], flat.points[:, 1], s=sizes, c=colours, linewidths=0, zorder=2)
+    middle = (flat.points.max(dim=0).values + flat.points.min(dim=0).values) / 2
+    half = 1.05 * (flat.points - middle).abs().max().item()
+    x, y = middle.tolist()
+    right.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
     right.set_aspect("equal")
     right.axis("off")
-    right.set_title(f"flat plane: MAP {flat.map:.2f}", fontsize=11)
+    right.set_title("flat plane, same loss", fontsize=11)
     save_figure(fig, path)
 
 
@@ -352,7 +372,10 @@ if __name__ == "__main__":
 
     disk, flat = shown["balanced tree"]
     tree = train_hyperbolic.balanced_tree()
-    title = f"A tree of {len(tree.names)} nodes in two planes, trained with the same loss"
+    title = (
+        f"A tree of {len(tree.names)} nodes: MAP {disk.map:.2f} in the hyperbolic plane, "
+        f"{flat.map:.2f} in the flat one"
+    )
     draw_planes(title, tree, disk, flat, out / "demo_poincare_planes.png")
     save_metrics(
         out,

@@ -22,7 +22,7 @@ import demo_poincare
 import hyperbolic
 import train_hyperbolic
 from hyperbolic import BOUNDARY, LONGEST, Euclid, Lorentz, Poincare, to_lorentz, to_poincare
-from shared import load_checkpoint, parse_args
+from shared import figure, load_checkpoint, parse_args
 
 FOLDER = Path(__file__).resolve().parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -686,26 +686,25 @@ def test_centring_moves_the_root_and_no_distance():
     assert torch.allclose(before, after, rtol=1e-9, atol=1e-9)
 
 
-def test_no_two_names_overlap(tmp_path):
+@pytest.mark.parametrize("letters", ["", "with a name of many letters", "$x_1$"])
+def test_no_two_names_overlap(letters):
     """Corner by corner: the rotated box of each name against all others (separating axes)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from shared import figure
-
     edges = [(f"kind {i}", "everything") for i in range(8)]
     for i in range(8):
-        edges += [(f"leaf {i}.{k}", f"kind {i}") for k in range(9)]
+        edges += [(f"leaf {letters} {i}.{k}", f"kind {i}") for k in range(9)]
     graph = train_hyperbolic.hierarchy(edges, "test")
     generator = torch.Generator().manual_seed(0)
     angle = torch.rand(len(graph.names), generator=generator).double() * 2  # all in one third
     radius = 0.3 + 0.3 * graph.depth.double()
     points = torch.stack([angle.cos(), angle.sin()], dim=1) * radius[:, None]
 
-    fig, ax = figure("test", height=8.4)
-    FigureCanvasAgg(fig)
+    fig, ax = figure("test", height=8.3)
+    demo_poincare.draw_disk(ax, graph, points, width=1.6)
     texts = demo_poincare.write_names(fig, ax, graph, points)
     leaves = [text for text in texts if text.get_text().startswith("leaf")]
     assert len(leaves) == 72
     assert len(texts) > 72
+    assert "$" not in letters or all("$x_1$" in text.get_text() for text in leaves)
 
     corners = [oriented_box(text, fig) for text in texts]
     for i, first in enumerate(corners):
