@@ -407,10 +407,10 @@ if __name__ == "__main__":
     for slot in SLOTS:
         print(f"{slot:24} {readings(slot, 2):>16} {readings(slot, SENTENCES):>16}")
     share = principal_plane(contexts[:, 1:].flatten(0, 1)).share
+    read = [f"{slot} {readings(slot, SENTENCES)}" for slot in ("hero", "thing", "place")]
     title = (
-        f"The context vector: {share:.0%} of its variance is in this plane; after the story\n"
-        f"the hero is read from it in {readings('hero', SENTENCES)} of the cases, the thing in "
-        f"{readings('thing', SENTENCES)}, the place in {readings('place', SENTENCES)}"
+        f"The context vector: {share:.0%} of its variance is in this plane.\n"
+        f"Read from it after the story: {', '.join(read)}"
     )
     print(title)
     draw_path(title, contexts, paths, results[0]["read_out"], out / "demo_context_path.png")
