@@ -49,8 +49,8 @@ ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps patch_bytes rope_bas
     seconds tau vf_clip"""
 AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_target lr lr_adamw
     lr_flat lr_head lr_value margin mlp_dim n_decoder n_encoder n_expert noise pairs policy_pairs
-    seed shuffles sink target_loss temperature threads vf_coef weight_decay window"""
-UP_TO_1 = "decay delete_at drop gamma lam share small warmup wrong"
+    port seed shuffles sink target_loss temperature threads top_k vf_coef weight_decay window"""
+UP_TO_1 = "decay delete_at drop gamma lam share small top_p warmup wrong"
 
 # tiktoken's pattern matching gives up at a million blanks in a row.
 LONGEST_BLANK = 500_000

@@ -730,7 +730,7 @@ def test_the_ends_of_a_range_belong_to_it(option):
 
 def test_every_number_of_every_script_has_a_range():
     """A new option of a script must be named in shared.py, or here if it may be negative."""
-    free = {"missing_end", "part", "pair", "short", "show", "shown", "u", "z"}
+    free = {"missing_end", "part", "pair", "short", "show", "shown", "turns", "u", "z"}
     known = " ".join([shared.AT_LEAST_1, shared.ABOVE_0, shared.AT_LEAST_0, shared.UP_TO_1]).split()
     assert len(known) == len(set(known)), "no option has two ranges"
     for path in shared.ROOT.glob("part_*/*.py"):

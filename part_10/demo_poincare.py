@@ -29,6 +29,7 @@ import train_hyperbolic
 from hyperbolic import Euclid, Poincare
 from shared import (
     COLOURS,
+    fail,
     figure,
     output_folder,
     parse_args,
@@ -46,6 +47,9 @@ LABEL_HEIGHT = 0.047
 # What one letter of such a name takes, and how many letters of a name are shown.
 LETTER_WIDTH = 0.028
 MOST_LETTERS = 24
+
+# A picture of more nodes than this would only be a black rim.
+MOST_NODES = 3000
 
 # With more leaves than fit around the circle, none of them gets a name.
 MOST_LEAVES = int(2 * math.pi * LABEL_RADIUS / LABEL_HEIGHT)
@@ -338,6 +342,8 @@ if __name__ == "__main__":
     set_seed(cfg.seed)
     device = pick_device(cfg.device or "cpu")
     ((name, words),) = train_hyperbolic.load_graphs(cfg.data).items()
+    if len(words.names) > MOST_NODES:
+        fail(f"--data={cfg.data} has {len(words.names):,} nodes, a picture shows {MOST_NODES:,}")
     out = output_folder(cfg)
     graphs = {name: words.to(device), "balanced tree": train_hyperbolic.balanced_tree().to(device)}
 

@@ -796,3 +796,11 @@ def test_a_bad_file_as_a_script(tmp_path):
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1 and "a -> b -> a" in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_too_many_nodes_is_refused(tmp_path):
+    path = tmp_path / "star.tsv"
+    path.write_text("".join(f"{node}\tcentre\n" for node in range(3000)))
+    done = run("demo_poincare.py", f"--data={path}", f"--out={tmp_path}/out")
+    assert done.returncode == 2
+    assert "has 3,001 nodes, a picture shows 3,000" in done.stderr

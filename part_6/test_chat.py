@@ -561,7 +561,7 @@ BAD_INPUT = {
     "no tokenizer": (["--model={0}/no_tok.pt"], "no_tok.pt has no tokenizer"),
     "no end token": (["--model={0}/no_end.pt"], "the tokenizer has no token <|end|>"),
     "too hot": (["--temperature=200"], "temperature=200.0 must be a number from 0 to 100"),
-    "no top_p": (["--top_p=2"], "top_p=2.0 must be a number from 0 to 1"),
+    "no top_p": (["--top_p=2"], "top_p=2.0 must be from 0 to 1"),
     "no port": (["--port=65536"], "port=65536 must be from 1 to 65535"),
     "turns": (["--turns=-2"], "turns=-2 must be -1 or more"),
     "too long": (["--model={0}/sft.pt", "--prompt=" + "x" * 90], "shorten it"),
