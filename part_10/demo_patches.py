@@ -205,8 +205,8 @@ class Cut(NamedTuple):
 
 
 def default_sentence(text):
-    """What the first figure shows: of the first ten lines of a text the longest one, cut to 72 bytes.
-    Many texts have lines that are empty or very short, and these would show nothing."""
+    """What the first figure shows: the longest of the first ten lines, cut to 72 bytes. Many texts
+    have lines that are empty or very short, and these would show nothing."""
     longest = max(text.split("\n")[:10], key=len)
     return longest.encode()[:72].decode(errors="ignore")
 
