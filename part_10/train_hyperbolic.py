@@ -555,12 +555,16 @@ def spread(values):
 
 # the figure ---------------------------------------------------------------------------------------
 
+# The two curved spaces agree so well that a full line would hide the other one.
+LINE_STYLES = {"Lorentz": "--"}
+
 
 def draw_sweep(ax, rows):
     """MAP against the learning rate, one line per space with its range over the seeds."""
     for i, row in enumerate(rows):
         maps = np.array(row.maps)
-        ax.plot(row.learning_rates, maps.mean(axis=0), "o-", color=f"C{i}", markersize=4)
+        style = LINE_STYLES.get(row.space, "-")
+        ax.plot(row.learning_rates, maps.mean(axis=0), "o", ls=style, color=f"C{i}", markersize=4)
         ax.fill_between(row.learning_rates, maps.min(0), maps.max(0), color=f"C{i}", alpha=0.2)
     ax.set(xscale="log", ylim=(0, 1.03), xlabel="learning rate", ylabel="MAP")
     ax.set_title(f"{rows[0].graph}, {rows[0].dim} dimensions: the sweep", fontsize=11)
@@ -581,7 +585,8 @@ def draw(title, rows, path):
         lows = np.array([min(values) for values in line])
         highs = np.array([max(values) for values in line])
         error = [means - lows, highs - means]
-        by_dim.errorbar(dims, means, error, marker="o", markersize=4, capsize=3, label=space)
+        style = LINE_STYLES.get(space, "-")
+        by_dim.errorbar(dims, means, error, fmt="o", ls=style, ms=4, capsize=3, label=space)
 
         # a group of bars for each graph
         bars = [row.map for row in mine if row.dim == dims[0]]
