@@ -516,9 +516,11 @@ if __name__ == "__main__":
         if reached:
             break
 
-    # the other processes are done; what is left is for process 0
-    dist.destroy_process_group()
+    # What is left is for process 0, and the others wait for it. If they ended at once, they could
+    # crash: a thread of gloo may still hold the tensors of the last all-reduce.
     if rank > 0:
+        dist.barrier()
+        dist.destroy_process_group()
         sys.exit(0)
     board.close()
     steps_done = step + 1
@@ -561,3 +563,7 @@ if __name__ == "__main__":
     title = f"{val.loss:.3f} nats per byte on new text after {seconds:.0f} s"
     records = read_log(out)
     draw(records, title, data.entropy, out / "train.png")
+
+    # the end, for all processes
+    dist.barrier()
+    dist.destroy_process_group()

@@ -633,9 +633,11 @@ if __name__ == "__main__":
         assert error < 1e-4, f"sampler and scorer disagree about a probability by {error}"
     seconds = log.seconds
 
-    # the other processes are done; what is left is for process 0
-    dist.destroy_process_group()
+    # What is left is for process 0, and the others wait for it. If they ended at once, they could
+    # crash: a thread of gloo may still hold the tensors of the last all-reduce.
     if rank > 0:
+        dist.barrier()
+        dist.destroy_process_group()
         sys.exit(0)
 
     # save the policy and what it reached
@@ -680,3 +682,7 @@ if __name__ == "__main__":
         )
     if after.gold.get("spell", 1) < 0.5:
         print("(spelling stays hard for this model: a token does not show its letters)")
+
+    # the end, for all processes
+    dist.barrier()
+    dist.destroy_process_group()
