@@ -151,8 +151,8 @@ class KVCache:
 
     def __init__(self, cfg, B, device=None, dtype=None):
         shape = (cfg.n_layer, B, cfg.n_kv_head, cfg.block_size, cfg.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # nobody reads beyond `length`
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens stored so far; GPT.forward adds to it after the last layer
 
     def update(self, layer, k, v):

@@ -139,8 +139,8 @@ class KVCache:
 
     def __init__(self, cfg, B, device=None, dtype=None):
         shape = (cfg.n_layer, B, cfg.n_kv_head, cfg.block_size, cfg.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # nobody reads beyond `length`
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # tokens stored so far; GPT.forward adds to it after the last layer
 
     def update(self, layer, k, v):
@@ -392,8 +392,8 @@ class GPT(nn.Module):
 
         t = int(lengths.min())  # the position of the next token
         while alive.any():
-            logits, _ = self(out[:, cache.length : t], cache=cache)
-            logits = logits[:, -1]  # (B, V)
+            hidden = self.trunk(out[:, cache.length : t], cache)  # (B, T, C)
+            logits = self.lm_head(hidden[:, -1])  # (B, V); the prompt's own logits are not needed
             drawn = sample(logits, temperature, top_k, top_p)  # (B,)
 
             # A row keeps the drawn token if it is past its prompt and has not stopped.
