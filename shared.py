@@ -41,16 +41,17 @@ NEUTRAL = {"out", "device", "resume", "save_every", "eval_every", "log_every", "
 # An option of one of these names has this range in every script. A script asserts what is special
 # to it, for example that one size divides another.
 AT_LEAST_1 = """accum asked batch_size block_size codes context_dim dim draws entropy_steps epochs
-    eval_bytes given group hash_rows held_out kill last length levels longer longest
+    eval_bytes given group hash_rows held_out k kill last length levels longer longest
     max_new_tokens minibatches moe_every n_embd n_head n_kv_head n_layer n_local n_query negatives
-    per_step positions probe_steps prompts repeats rm_steps row rows samples save_every seeds
+    ngram per_step positions probe_steps prompts repeats rm_steps row rows samples save_every seeds
     sentences steps streams terms top_k_experts vocab_size width windows"""
 ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps patch_bytes rope_base scale score_clip
     seconds tau vf_clip"""
 AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_target lr lr_adamw
-    lr_flat lr_head lr_value margin mlp_dim n_decoder n_encoder n_expert noise pairs policy_pairs
-    port seed shuffles sink target_loss temperature threads top_k vf_coef weight_decay window"""
-UP_TO_1 = "decay delete_at drop gamma lam share small top_p warmup wrong"
+    lr_flat lr_head lr_logits lr_value margin mlp_dim n_decoder n_encoder n_expert noise pairs
+    policy_pairs port seed shuffles sink target_loss temperature threads top_k vf_coef weight_decay
+    window"""
+UP_TO_1 = "decay delete_at drop gamma lam mix share small top_p warmup wrong"
 
 # tiktoken's pattern matching gives up at a million blanks in a row.
 LONGEST_BLANK = 500_000
@@ -100,6 +101,7 @@ MAKERS = {
     "part_10/out/blt.pt": Maker("part_10/train_blt.py", seconds=90),
     "part_10/out/boundless.pt": Maker("part_10/boundless.py", seconds=10),
     "part_10/out/context.pt": Maker("part_10/train_context.py", seconds=240),
+    "part_10/out/distill.pt": Maker("part_10/distill.py", seconds=170),
     "part_10/out/lcm.pt": Maker("part_10/train_lcm.py", seconds=80),
     "part_10/out/smollm2.pt": Maker("part_10/weights.py", seconds=30),
     "part_10/out/sonar.pt": Maker("part_10/train_sonar.py", seconds=45),
