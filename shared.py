@@ -41,8 +41,8 @@ NEUTRAL = {"out", "device", "resume", "save_every", "eval_every", "log_every", "
 # An option of one of these names has this range in every script. A script asserts what is special
 # to it, for example that one size divides another.
 AT_LEAST_1 = """accum asked batch_size bits block_size codes context_dim dim draws entropy_steps
-    epochs eval_bytes given group hash_rows held_out k kill last length levels longer longest
-    max_new_tokens minibatches moe_every n_embd n_head n_kv_head n_layer n_local n_query
+    epochs eval_bytes given group hash_rows head_bits held_out k kill last length levels longer
+    longest max_new_tokens minibatches moe_every n_embd n_head n_kv_head n_layer n_local n_query
     negatives ngram per_step positions probe_steps prompts repeats rm_steps row rows samples
     save_every seeds sentences steps streams terms top_k_experts vocab_size width windows"""
 ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps patch_bytes rope_base scale
