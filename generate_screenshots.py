@@ -82,11 +82,19 @@ def find_scripts():
     """Every script that draws a figure, in order: part by part, training before demos."""
     candidates = [*ROOT.glob("part_*/train*.py"), *ROOT.glob("part_*/demo_*.py")]
 
+    # Some scripts have a name of their own, such as part_10/quantize.py.
+    for path in ROOT.glob("part_*/*.py"):
+        has_other_name = not path.name.startswith(("train", "demo_", "test_"))
+        if has_other_name and "save_figure(" in path.read_text():
+            candidates.append(path)
+
     # The trainers for several processes are started by torchrun, and they draw nothing.
     scripts = [path for path in candidates if "_ddp" not in path.stem]
 
     def order(path):
-        return part_number(path), path.name.startswith("demo"), path
+        is_demo = path.name.startswith("demo")
+        is_training = path.name.startswith("train")
+        return part_number(path), is_demo, not is_training, path
 
     return sorted(scripts, key=order)
 

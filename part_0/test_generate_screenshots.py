@@ -99,6 +99,16 @@ def test_all_runs_every_script_without_a_figure(repository):
     assert places == sorted(places)
 
 
+def test_a_script_with_a_name_of_its_own_belongs_to_the_figures_if_it_draws(repository):
+    write(repository / "part_10/quantize.py", "save_figure(fig, path)")
+    write(repository / "part_10/weights.py", "print('no figure')")
+    write(repository / "part_10/test_quantize.py", "save_figure(fig, path)")
+    write(repository / "part_10/train_lcm.py")
+    write(repository / "part_10/demo_lcm.py")
+    names = [script.name for script in generate_screenshots.find_scripts()]
+    assert names == ["train_lcm.py", "quantize.py", "demo_lcm.py"]
+
+
 def test_ctrl_c_stops_all(repository):
     write(repository / "part_1/demo_a.py", "raise SystemExit(130)")
     write(repository / "part_1/demo_b.py", "raise SystemExit('this must not run')")
