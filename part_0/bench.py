@@ -344,7 +344,10 @@ def print_trainers(all_numbers):
 def print_stages(name, numbers):
     """Where the time of an iteration goes."""
     total = total_seconds(numbers)
-    print(f"\none iteration of {name}: {1000 * total:.0f} ms for {ANSWERS} answers")
+    print(
+        f"\none iteration of {name}, the best of each stage: {1000 * total:.0f} ms for "
+        f"{ANSWERS} answers"
+    )
     print(f"  {'':18}{'ms':>9}{'share':>8}{'+-':>6}{'answers/s':>12}")
     for stage, row in numbers.items():
         print(
@@ -382,8 +385,8 @@ def draw(stages, path):
     largest = max(ppo, key=lambda stage: ppo[stage]["value"])
     share = ppo[largest]["value"] / seconds
     title = (
-        f"An iteration of PPO takes {seconds:.1f} s. "
-        f"The largest part is the {largest} ({share:.0%})"
+        f"The stages of an iteration of PPO, each at its fastest: {seconds:.1f} s together. "
+        f"The largest is the {largest} ({share:.0%})"
     )
     fig, ax = figure(title, f"ms for {ANSWERS} answers", height=3.4)
 
@@ -421,6 +424,15 @@ def read_earlier(path):
     earlier = read_foreign(json.loads, text, name=path)
     if not isinstance(earlier, dict) or "numbers" not in earlier or "machine" not in earlier:
         fail(f"--against={path} is not a bench.json of this script")
+
+    # Nobody should wait for the whole benchmark to hear that the old file is damaged.
+    is_sound = isinstance(earlier["numbers"], dict) and isinstance(earlier["machine"], dict)
+    if is_sound:
+        for row in earlier["numbers"].values():
+            is_row = isinstance(row, dict) and {"value", "unit", "spread"} <= row.keys()
+            is_sound = is_sound and is_row and row["value"] != 0
+    if not is_sound:
+        fail(f"--against={path} is damaged: a number of it is missing or 0")
     return earlier
 
 

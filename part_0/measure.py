@@ -614,7 +614,7 @@ if __name__ == "__main__":
 
     if cfg.what in MEASUREMENTS:
         results = MEASUREMENTS[cfg.what](cfg)
-    elif (ROOT / cfg.what).is_file():
+    elif (ROOT / cfg.what).is_file() and Path(cfg.what).name.startswith("train"):
         results = train_script(ROOT / cfg.what, script_options, cfg)
     else:
         known = ", ".join(MEASUREMENTS)

@@ -40,6 +40,9 @@ from tokenizer import Tokenizer
 # The names under which the command line knows the two models. Anything else is a path.
 MODELS = {"base": "part_4/out/base.pt", "smollm2": "part_10/out/smollm2.pt"}
 
+# The kinds of checkpoints that hold a language model and its tokenizer.
+LANGUAGE_MODELS = ("base", "sft", "reinforce", "ppo", "grpo", "dpo")
+
 
 # texts --------------------------------------------------------------------------------------------
 
@@ -166,9 +169,7 @@ def load_texts(name, model, tok, block_size, calibration_rows, held_out_rows):
 def load_model(name, device):
     """A model by its name in MODELS or by the path of a checkpoint -> (model, tokenizer)."""
     path = require(MODELS.get(name, name))
-    checkpoint = load_checkpoint(path, None)
-    if "gpt_config" not in checkpoint or "tokenizer" not in checkpoint:
-        fail(f"{path} is not the checkpoint of a language model with a tokenizer")
+    checkpoint = load_checkpoint(path, LANGUAGE_MODELS)
     if checkpoint["gpt_config"].get("n_expert", 0) > 0:
         fail(f"{path} has experts: this script works on models without them")
 

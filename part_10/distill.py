@@ -21,7 +21,8 @@ more. The loss of a token is
 
 where p is the teacher and q the student. The gradient of the first term shrinks like 1 / T^2, and
 the factor T^2 makes up for it (section 2 of the paper). Three students learn side by side, from the
-same weights, in the same steps, on the same batches. Only their lesson differs:
+same weights, in the same steps, on the same batches. Only their lesson differs, and its learning
+rate:
 
     text     mix = 0     the next token of the text
     both     mix = --mix
@@ -108,7 +109,9 @@ class Config:
         )
         for lesson in self.lessons.split(","):
             assert lesson in LESSONS, f"lessons={self.lessons} must be some of {','.join(LESSONS)}"
-        for source in self.sources.split(","):
+        sources = self.sources.split(",")
+        assert len(set(sources)) == len(sources), f"sources={self.sources} names a source twice"
+        for source in sources:
             assert source == WRITTEN or is_share(source), (
                 f"sources={self.sources} must be shares above 0 and up to 1, or {WRITTEN}"
             )
@@ -436,7 +439,7 @@ def train(students, teacher, source, rows, few_rows, seed, cfg, device, log, fir
             for lesson, evaluation in evaluate(students, teacher, few_rows, device).items():
                 values[f"{lesson}_val"] = evaluation.loss
                 curves[lesson].append([step + 1, evaluation.loss])
-        log(first_step + step, loss=next(iter(losses.values())), **values)
+        log(first_step + step, loss=sum(losses.values()), **values)
 
     result = {}
     for lesson, evaluation in evaluate(students, teacher, rows, device).items():

@@ -33,7 +33,7 @@ choice W' = U_r U_r^T W reaches it. So A = U_r and B = U_r^T W, and nothing has 
 SVD-LLM (Wang et al. 2024, section 3.2) writes the same W' as U_r Sigma_r V_r^T S^-1. The name
 "whitened" comes from there: S^-1 makes inputs that have no correlation. There is another way to see
 it. (W S) (W S)^T = W G W^T = sum y y^T over all outputs y. So the columns of U_r are the principal
-directions of the outputs, and W' y is projected onto them. svd does the same for inputs that have
+directions of the outputs, and W' x is y projected onto them. svd does the same for inputs that have
 no correlation and are all equally loud.
 
 Shapes: W (m, n), m outputs and n inputs; r rank, N inputs of the text, T tokens in a row.
@@ -96,10 +96,11 @@ def square_root(gram, damping=1e-4):
     A text with fewer tokens than inputs has a singular gram matrix. So a share of the mean of the
     diagonal is added to the diagonal, and float64 is used.
     """
-    gram = gram.double()
+    device = gram.device
+    gram = gram.cpu().double()  # some GPUs have no float64
     noise = damping * gram.diagonal().mean()
     S = torch.linalg.cholesky(gram + torch.diag(noise.expand(len(gram))))
-    return S.float()
+    return S.float().to(device)
 
 
 class Directions(NamedTuple):
@@ -210,7 +211,7 @@ def spectrum(directions, n_points=101):
     """
     lines = {}
     for name, found in directions.items():
-        energy = found.values.double().square()
+        energy = found.values.cpu().double().square()
         total = torch.cat([energy.new_zeros(1), energy.cumsum(0)]) / energy.sum()
         at = torch.linspace(0, len(energy), n_points, device=total.device).round().long()
         lines[name] = total[at].tolist()

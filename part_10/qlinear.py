@@ -307,9 +307,10 @@ class QEmbedding(nn.Module):
 # the model ----------------------------------------------------------------------------------------
 
 
-def quantize_model(model, sizes, fill=True):
+def quantize_model(model, sizes, fill=True, layout=None):
     """Replaces the matrices of a GPT in its place by QLinear, with 8 or 4 bits. fill=False: the new
-    layers stay without memory (on the device "meta"), because their content will be loaded.
+    layers stay without memory (on the device "meta"), because their content will be loaded. layout:
+    that of the bytes with 4 bits; None: this processor's.
 
     -> {name: why} of the matrices that stay as they are, because the kernel cannot have them.
     """
@@ -320,8 +321,7 @@ def quantize_model(model, sizes, fill=True):
         bits_of["lm_head"] = sizes.head_bits
 
     # A layer of 8 bits has the same bytes on all processors.
-    layout = None
-    if 4 in bits_of.values():
+    if layout is None and 4 in bits_of.values():
         layout = find_layout()
 
     for name, bits in bits_of.items():
@@ -390,22 +390,27 @@ def load_small(checkpoint):
     sizes = Sizes(**checkpoint["sizes"])
     with torch.device("meta"):
         model = GPT(GPTConfig(**checkpoint["gpt_config"]))
+    layout_of_file = Layout(**checkpoint["layout"])
     if sizes.bits < 16:
-        quantize_model(model, sizes, fill=False)
+        quantize_model(model, sizes, fill=False, layout=layout_of_file)
     model.load_state_dict(checkpoint["weights"], assign=True)
 
-    layout_of_file = Layout(**checkpoint["layout"])
     for module in model.modules():
         if isinstance(module, QLinear) and module.bits == 4:
-            change_layout(module, layout_of_file)
+            change_layout(module, find_layout())
     return model.requires_grad_(False).eval(), Tokenizer.load(checkpoint["tokenizer"])
 
 
-def change_layout(linear, layout_of_file):
-    """Packs a layer again if its bytes came from a processor with another layout."""
-    if layout_of_file != linear.layout:
-        q = unpack(linear.packed, layout_of_file)
-        linear.packed = pack(q, linear.layout)
+def change_layout(linear, layout):
+    """Packs a layer again if its bytes came from a processor with another layout. Its blocks may
+    have another number of rows, and so the matrix another number of padded ones."""
+    if layout != linear.layout:
+        q = unpack(linear.packed, linear.layout)[: linear.out_features]
+        padding = -linear.out_features % layout.rows
+        linear.packed = pack(F.pad(q, (0, 0, 0, padding)), layout)
+        scales = linear.scales[:, : linear.out_features]
+        linear.scales = F.pad(scales, (0, 0, 0, padding))
+        linear.layout = layout
 
 
 def open_model(name, sizes):

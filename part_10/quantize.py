@@ -8,8 +8,9 @@ many levels does a model need, where should they lie, and what can be done about
     python part_10/quantize.py --model=smollm2 --method=gptq --bits=3 --group=64
                                                   one setting on the real model
     python part_10/quantize.py --model=base --method=round --bits=2 --per_row
-    python part_10/quantize.py --model=part_8/out/ppo.pt --method=nf4 --save
-                                                  a model of your own, and the packed file is kept
+    python part_10/quantize.py --model=my.pt --method=nf4 --save
+                                                  a model of your own, measured on Python's
+                                                  documentation; the packed file is kept
 
 Starts here. The models and the texts are those of compression.py.
 
@@ -84,7 +85,10 @@ BASE_ROWS = 16  # base's rows are short documents, so it gets so many times as m
 @dataclass
 class Config:
     # what is quantized
-    model: str = ""  # base, smollm2 or the path of a checkpoint; empty: base and smollm2
+    # base, smollm2 or the path of a checkpoint, which is measured on Python's documentation; empty:
+    # base and smollm2
+    model: str = ""
+
     method: str = ""  # absmax, round, nf4, gptq, awq, w8a8 or smoothquant; empty: all settings
     bits: int = 4  # bits of a code, from 2 to 8
     group: int = 64  # neighbouring weights of a row that share a scale and a zero point
@@ -277,10 +281,10 @@ def inverse_factor(hessian):
 
     In 64 bits: the Hessian of a layer with outliers is badly conditioned.
     """
-    damped = hessian.double()
+    damped = hessian.cpu().double()  # some GPUs have no 64 bits
     damped.diagonal().add_(DAMPING * damped.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return torch.linalg.cholesky(inverse, upper=True).float().to(hessian.device)
 
 
 def quantize_gptq(w, gram, count, bits, group, act_order=False):
@@ -393,7 +397,7 @@ def smooth_scale(x_max, w, migration):
     """
     w_max = w.abs().amax(dim=0)
     s = x_max.clamp(min=1e-5) ** migration / w_max.clamp(min=1e-5) ** (1 - migration)
-    return s.half().float()
+    return s.clamp(max=60_000).half().float()  # 16 bits hold numbers up to 65,504
 
 
 def round_activations(x, largest):
@@ -686,10 +690,12 @@ def row_losses(model, rows, batch_size=8):
     return torch.cat(sums)
 
 
-def mean_and_error(sums, n_targets):
-    """Sums of the N rows -> the mean per token, and its standard error over the rows."""
-    mean = sums.sum().item() / n_targets
-    error = sums.std().item() * math.sqrt(len(sums)) / n_targets
+def mean_and_error(sums, counts):
+    """The sums of the losses of N rows and their numbers of tokens, (N,) each -> the mean per token
+    and its standard error over the rows (that of a ratio: a long row may lose more)."""
+    n_tokens = counts.sum().item()
+    mean = sums.sum().item() / n_tokens
+    error = (sums - mean * counts).std().item() * math.sqrt(len(sums)) / n_tokens
     return {"mean": mean, "error": error}
 
 
@@ -799,6 +805,7 @@ def heaviest_tokens(model, tok, rows, name, n=5):
 
     counts = rows.targets >= 0  # (N, T)
     largest = seen[0].cpu().masked_fill(~counts, -1)
+    n = min(n, counts.sum().item())
     found = []
     for place in largest.flatten().topk(n).indices.tolist():
         row, position = divmod(place, largest.size(1))
@@ -894,7 +901,7 @@ def verdict(difference):
     return "no difference"
 
 
-def check_claims(claims, measured, n_targets):
+def check_claims(claims, measured, counts):
     """Compares settings on the same rows -> a list of dicts. measured is {Setting: result}. Claims
     of which a setting was not measured are left out."""
     tested = []
@@ -902,7 +909,7 @@ def check_claims(claims, measured, n_targets):
         if claim.better not in measured or claim.worse not in measured:
             continue
         sums = measured[claim.better]["sums"] - measured[claim.worse]["sums"]
-        difference = mean_and_error(sums, n_targets)
+        difference = mean_and_error(sums, counts)
         tested.append({"claim": claim.text, **difference, "verdict": verdict(difference)})
     return tested
 
@@ -912,7 +919,8 @@ def run_model(name, cfg, device, out):
     model, tok = load_model(name, device)
     times = BASE_ROWS if name == "base" else 1
     texts = load_texts(name, model, tok, cfg.block_size, times * cfg.rows, times * cfg.held_out)
-    n_targets = (texts.held_out.targets >= 0).sum().item()
+    counts = (texts.held_out.targets >= 0).sum(dim=1)  # (N,), the tokens of each row
+    n_targets = counts.sum().item()
 
     start = time.process_time()
     statistics = watch_inputs(model, texts.calibration, distinct_inputs(model))
@@ -921,7 +929,7 @@ def run_model(name, cfg, device, out):
     short_name = Path(name).stem
     n_weights = sum(linear.weight.numel() for linear in matrices(model).values())
     plain = row_losses(model, texts.held_out)
-    loss = mean_and_error(plain, n_targets)
+    loss = mean_and_error(plain, counts)
     print(
         f"\n{short_name}: {n_weights:,} weights in matrices of blocks, {4 * n_weights:,} bytes\n"
         f"{loss['mean']:.4f} nats per token in fp32, on {n_targets:,} held-out tokens in "
@@ -942,11 +950,11 @@ def run_model(name, cfg, device, out):
         result = measure(model, setting, texts, statistics, path, cfg.save)
         result["label"] = label
         result["nats"] = result["sums"].sum().item() / n_targets
-        result["more"] = mean_and_error(result["sums"] - plain, n_targets)
+        result["more"] = mean_and_error(result["sums"] - plain, counts)
         measured[setting] = result
         print_result(result)
 
-    tested = check_claims(claims_for(cfg), measured, n_targets)
+    tested = check_claims(claims_for(cfg), measured, counts)
     for claim in tested:
         print(f"    {claim['claim']}: {claim['verdict']} ({interval(claim)} nats)")
     found = outliers(statistics)
@@ -986,6 +994,10 @@ def print_result(result):
 def curves(measured):
     """{line: its settings} for the figure: one line for each method, and a second one for those
     that share a scale over the whole row. Activations are not in it."""
+    if len(measured) == 1:
+        setting = next(iter(measured))
+        return {label_of(setting): [setting]}
+
     lines = {}
     for setting in measured:
         if setting.method in WITH_ACTIVATIONS or setting.act_order:
@@ -997,7 +1009,15 @@ def curves(measured):
     return lines
 
 
-MARKERS = {"absmax": "v", "round": "o", "nf4": "D", "gptq": "s", "awq": "^"}
+MARKERS = {
+    "absmax": "v",
+    "round": "o",
+    "nf4": "D",
+    "gptq": "s",
+    "awq": "^",
+    "w8a8": "P",
+    "smoothquant": "X",
+}
 
 
 def draw(results, path):

@@ -99,7 +99,7 @@ class Config:
 def probabilities(logits, temperature):
     """The distribution from which the next token is drawn, logits (..., V) -> (..., V).
     Temperature 0 is greedy: the likeliest token has probability 1."""
-    if temperature == 0:
+    if temperature < 1e-6:
         likeliest = logits.argmax(dim=-1)
         return F.one_hot(likeliest, logits.size(-1)).type_as(logits)
     return (logits / temperature).softmax(dim=-1)
@@ -296,7 +296,7 @@ def write(model, draft, prompt, max_new_tokens, k, temperature, stop=-1):
         logits = read(model, tokens + drafted, cache, len(drafted) + 1)  # (k + 1, V)
         p = probabilities(logits, temperature)
         if drafted:
-            checked = check(drafted, q, p)
+            checked = check(drafted, q.to(p), p)
         else:
             checked = Checked(0, draw_token(p[0]))
         accepted = checked.n_accepted
@@ -374,6 +374,10 @@ class Costs(NamedTuple):
 @torch.no_grad()
 def measure_costs(model, draft, context, ks, temperature, repeats=15):
     """How long do a guess and a check take, after `context` tokens? -> Costs."""
+    room = model.cfg.block_size - max(ks) - 1
+    if room < 1:
+        fail(f"--k={max(ks)} does not fit: this model reads {model.cfg.block_size} tokens")
+    context = min(context, room)
     length = context + max(ks) + 1
     tokens = torch.randint(model.cfg.vocab_size, (length,)).tolist()
     cache = make_cache(model, length)
@@ -615,12 +619,13 @@ def draw_copying(ax, copying):
 
 
 def finding(results):
-    """The title of the figure: the best speed-ups."""
+    """The title of the figure: the best speed-up of base, and that of the largest k for drafts from
+    the context."""
     parts = []
     if "base" in results:
         best = max(results["base"]["speeds"][1:], key=lambda speed: speed["speedup"])
         draft = results["base"]["draft"]
-        parts.append(f"base, draft {draft}: {best['speedup']:.2f} times (k = {best['k']})")
+        parts.append(f"base, draft {draft}: at best {best['speedup']:.2f} times (k = {best['k']})")
     if "copying" in results:
         for task, words in (("copy", "repeats a text"), ("free", "writes a story")):
             name = results["copying"]["name"]

@@ -152,7 +152,7 @@ def test_a_checkpoint_that_cannot_be_made_small_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         load_model(str(tmp_path / "none.pt"), "cpu")
     assert error.value.code == 2
-    assert "not the checkpoint of a language model" in capsys.readouterr().err
+    assert "is a 'sonar' checkpoint, expected 'base' or" in capsys.readouterr().err
 
 
 def test_the_matrices_are_those_of_the_blocks():

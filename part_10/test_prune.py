@@ -433,7 +433,7 @@ def test_bad_models_end_in_one_line(tmp_path, capsys):
 
     messages = {
         "nowhere.pt": "there is no nowhere.pt",
-        str(other): "is not the checkpoint of a language model",
+        str(other): "expected 'base' or",
         str(odd): "h.0.attn.c_q has 18 inputs: 2:4 needs a multiple of 4",
     }
     for name, message in messages.items():

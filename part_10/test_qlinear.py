@@ -12,6 +12,7 @@ import subprocess
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.nn as nn
 
 import demo_speed
@@ -331,10 +332,15 @@ def test_a_file_from_another_processor(layout, tmp_path):
     quantize_model(model, sizes)
     save_small(tmp_path / "small.pt", model, make_tokenizer(), sizes)
     checkpoint = load_checkpoint(tmp_path / "small.pt", "small")
-    for name, tensor in checkpoint["weights"].items():
-        if tensor.dtype == torch.uint8:
-            q = unpack(tensor, Layout(**checkpoint["layout"]))
-            checkpoint["weights"][name] = pack(q, layout)
+    # What the other processor would have written: other blocks, with other padding.
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear) and module.bits == 4:
+            padding = -module.out_features % layout.rows
+            q = unpack(module.packed, module.layout)[: module.out_features]
+            packed = pack(F.pad(q, (0, 0, 0, padding)), layout)
+            scales = F.pad(module.scales[:, : module.out_features], (0, 0, 0, padding))
+            checkpoint["weights"][f"{name}.packed"] = packed
+            checkpoint["weights"][f"{name}.scales"] = scales
     checkpoint["layout"] = layout._asdict()
 
     loaded, tok = load_small(checkpoint)

@@ -530,9 +530,14 @@ def test_row_losses_against_mean_loss():
 
 def test_mean_and_error_by_hand():
     """Three rows of four tokens: the mean of their means and its standard error."""
-    result = mean_and_error(torch.tensor([4.0, 8.0, 12.0]), 12)
+    result = mean_and_error(torch.tensor([4.0, 8.0, 12.0]), torch.tensor([4, 4, 4]))
     assert result["mean"] == pytest.approx(2.0)
     assert result["error"] == pytest.approx(1 / math.sqrt(3))
+
+    # Rows of different lengths with the same loss per token say exactly what it is.
+    result = mean_and_error(torch.tensor([2.0, 10.0, 6.0]), torch.tensor([1, 5, 3]))
+    assert result["mean"] == pytest.approx(2.0)
+    assert result["error"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_claims_come_out_only_beyond_their_noise():
@@ -549,7 +554,7 @@ def test_claims_come_out_only_beyond_their_noise():
         Claim("3", b, c),
         Claim("4", a, Setting("nf4", 4)),
     ]
-    checked = check_claims(claims, measured, 400)
+    checked = check_claims(claims, measured, torch.full((40,), 10))
     assert [row["verdict"] for row in checked] == [
         "came out",
         "the opposite came out",
