@@ -36,16 +36,26 @@ ROOT = Path(__file__).resolve().parent
 RANK = int(os.environ.get("RANK", 0))
 
 # These options cannot change a result, so a run with them is still a run with the defaults.
-NEUTRAL = {"out", "device", "resume", "save_every", "eval_every", "log_every", "threads"}
+NEUTRAL = {
+    "out",
+    "device",
+    "resume",
+    "save_every",
+    "eval_every",
+    "log_every",
+    "threads",
+    "merge",
+}
 
 # An option of one of these names has this range in every script. A script asserts what is special
 # to it, for example that one size divides another.
 AT_LEAST_1 = """accum asked batch_size bits block_size codes context_dim dim draws entropy_steps
     epochs eval_bytes given group hash_rows head_bits held_out k kill last length levels longer
     longest max_new_tokens minibatches moe_every n_embd n_head n_kv_head n_layer n_local n_query
-    negatives ngram per_step positions probe_steps prompts repeats rm_steps row rows samples
-    save_every seeds sentences steps streams terms top_k_experts vocab_size width windows"""
-ABOVE_0 = """beta clip grad_clip kl_horizon max_kl norm_eps patch_bytes rope_base scale
+    negatives ngram per_step positions probe_steps prompts rank repeats rm_steps row rows
+    samples save_every seeds sentences steps streams terms top_k_experts vocab_size width
+    windows"""
+ABOVE_0 = """alpha beta clip grad_clip kl_horizon max_kl norm_eps patch_bytes rope_base scale
     score_clip seconds tau vf_clip"""
 AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_target lr
     lr_adamw lr_flat lr_head lr_logits lr_value margin mlp_dim n_decoder n_encoder n_expert
