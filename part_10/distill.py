@@ -76,6 +76,7 @@ WRITTEN = "written"
 @dataclass
 class Config:
     # lesson
+    teacher: str = ""  # checkpoint of a model of the world; empty: part_4/out/base.pt
     sources: str = "1,0.02,written"  # shares of the training text, or "written": the teacher's own
     temperature: float = 1.0  # T, which softens the probabilities of teacher and student
     lessons: str = ",".join(LESSONS)  # which students learn, separated by commas
@@ -512,7 +513,7 @@ if __name__ == "__main__":
     cfg = parse_args(Config)
     device = pick_device(cfg.device)
     set_seed(cfg.seed)
-    teacher, tok = load_model("base", device)
+    teacher, tok = load_model(cfg.teacher or "base", device)
     out = output_folder(cfg)
 
     # the texts: the held-out rows are measured at the end, and a quarter of them on the way

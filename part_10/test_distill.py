@@ -38,7 +38,7 @@ from distill import (
     written_by,
 )
 from model import GPT, GPTConfig
-from shared import load_checkpoint, parse_args
+from shared import load_checkpoint, parse_args, save_checkpoint
 from tokenizer import SPECIAL, Tokenizer
 
 FOLDER = Path(__file__).resolve().parent
@@ -390,7 +390,14 @@ def test_mix_of_the_lessons():
 
 
 def test_the_script(tmp_path):
+    # A small teacher: the real one takes 90 s to train.
+    tok = Tokenizer({bytes([i]): i for i in range(256)} | {b"\n\n": 256})
+    teacher = make_teacher(block_size=24, vocab_size=tok.vocab_size)
+    path = tmp_path / "teacher.pt"
+    save_checkpoint(path, kind="base", tokenizer=tok.state(), **teacher.to_checkpoint())
+
     sizes = [
+        f"--teacher={path}",
         "--steps=2",
         "--batch_size=2",
         "--n_embd=8",
