@@ -78,7 +78,8 @@ MATRICES = {
     "down": "mlp.c_proj",
 }
 
-# The learning rate for each method, the best one of a small grid for SmolLM2 (see the README).
+# The learning rate for each method. Those of lora and full are the best ones of a small grid for
+# SmolLM2 (see the README), the other two were not tuned.
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-4, "norms": 1e-2, "head": 1e-3}
 
 
@@ -102,7 +103,7 @@ class Config:
     steps: int = 80  # optimizer steps
     batch_size: int = 4  # demonstrations per step
     accum: int = 1  # parts of a batch that are computed one after the other, which saves memory
-    lr: float = 0.0  # peak learning rate of AdamW; 0: the best one for the method on SmolLM2
+    lr: float = 0.0  # peak learning rate of AdamW; 0: that of LEARNING_RATES, which is for SmolLM2
     warmup: float = 0.1  # share of the steps in which the learning rate rises to its peak
     decay: float = 0.5  # share of the steps, at the end, in which it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -338,7 +339,7 @@ def answer_loss(model, idx, targets):
     """The sum of the losses of all answer tokens, in nats: idx and targets (B, T).
 
     GPT.forward computes logits at all T positions. Those of the prompt and of the padding do not
-    count, and with a vocabulary of 49,000 tokens they are a fifth of the work. So the head is only
+    count, and with a vocabulary of 49,000 tokens the head is a fifth of the work. So it is only
     applied where there is a target.
     """
     counts = targets >= 0  # (B, T)
