@@ -385,7 +385,7 @@ def draw(stages, path):
     largest = max(ppo, key=lambda stage: ppo[stage]["value"])
     share = ppo[largest]["value"] / seconds
     title = (
-        f"The stages of an iteration of PPO, each at its fastest: {seconds:.1f} s together. "
+        f"The stages of an iteration of PPO, each at its fastest: {seconds:.1f} s together.\n"
         f"The largest is the {largest} ({share:.0%})"
     )
     fig, ax = figure(title, f"ms for {ANSWERS} answers", height=3.4)
