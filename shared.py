@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import fields
@@ -62,6 +63,9 @@ AT_LEAST_0 = """aux balance center eval_every examples gap head_dim kl_coef kl_t
     noise pairs policy_pairs port seed shuffles sink target_loss temperature threads top_k
     vf_coef weight_decay window"""
 UP_TO_1 = "decay delete_at drop gamma lam migration mix share small top_p warmup wrong"
+
+# Seconds that a run has to end after Ctrl-C.
+GRACE = 5.0
 
 # tiktoken's pattern matching gives up at a million blanks in a row.
 LONGEST_BLANK = 500_000
@@ -132,6 +136,11 @@ def fail(message, code=2):
 
 def on_interrupt(signal_number, frame):
     """The signal handler for Ctrl-C."""
+    # Python ignores an exception that is raised in some places, for example while an object is
+    # being deleted. A run that is still there after GRACE seconds is therefore ended without one.
+    last_resort = threading.Timer(GRACE, os._exit, [130])
+    last_resort.daemon = True
+    last_resort.start()
     fail("interrupted; every file that was already saved is complete", code=130)
 
 

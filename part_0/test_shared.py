@@ -238,6 +238,43 @@ def test_interrupt_is_one_line(script):
     assert "interrupted" in stderr and is_one_error_line(stderr), stderr
 
 
+STUBBORN_SCRIPT = """
+import sys
+import time
+
+sys.path.insert(0, {root!r})
+import shared
+
+shared.GRACE = 0.5
+
+
+class Object:
+    def __del__(self):
+        time.sleep(60)
+
+
+shared.signal.signal(shared.signal.SIGINT, shared.on_interrupt)
+print("waiting", flush=True)
+thing = Object()
+del thing
+time.sleep(60)
+"""
+
+
+def test_interrupt_ends_a_run_that_ignores_the_exception(tmp_path):
+    """Python ignores what is raised while an object is deleted, and would go on."""
+    path = tmp_path / "stubborn.py"
+    path.write_text(STUBBORN_SCRIPT.format(root=str(shared.ROOT)))
+    command = [sys.executable, path]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "waiting" in child.stdout.readline()
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    _, stderr = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert stderr.startswith("error: interrupted")
+
+
 # ------------------------------------------------------------------------------------------
 # Setting up a run
 
