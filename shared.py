@@ -313,8 +313,11 @@ def field_comments(cls):
 
 def build_config(cls, defaults, given):
     """One config from the final values, so that __post_init__ derives other fields from these."""
+    standard = {field.name: field.default for field in fields(cls)} | defaults
     for name, value in select_fields(cls, given).items():
-        check_range(name, value)
+        # A default is always allowed: where it is 0, the script chooses a value by itself.
+        if value != standard.get(name):
+            check_range(name, value)
     values = select_fields(cls, defaults | given)
     try:
         return cls(**values)

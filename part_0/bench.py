@@ -88,9 +88,9 @@ class Config:
 class Trainer(NamedTuple):
     script: str
     kind: str  # steps: it takes optimizer steps; iterations: it also samples answers
-    options: (
-        str  # {data} is the folder of the data, {part_4/train} that of another trainer's output
-    )
+
+    # {data} is the folder of the data, {part_4/train} that of another trainer's output
+    options: str
 
 
 # What several trainers have in common. The answers have 48 tokens, because those of a trained model

@@ -53,6 +53,13 @@ class Config:
     device: str = ""  # cuda, mps or cpu; empty: the best available
     out: str = ""  # output folder; empty: out/ beside this script
 
+    def __post_init__(self):
+        for word in self.sizes.split(","):
+            assert word.isdigit() and int(word) > 0, (
+                f"sizes={self.sizes} must be numbers above 0 with commas between them"
+            )
+        assert self.n_embd % 4 == 0, f"n_embd={self.n_embd} must be divisible by 4, the heads"
+
 
 def machine_facts(device):
     """What this machine has: {name: value}."""

@@ -6,8 +6,8 @@ which file it leaves for the next one.
 
 The network stays the same from stage to stage. Only the data and the loss change. First the network
 predicts the next token of any text, then the tokens of good answers. A copy of it learns which of
-two answers is better. At the end it learns from its own answers, weighted by the reward that this
-copy gives them.
+two answers is better. At the end it learns from its own answers, weighted by their reward: that of
+this copy, or that of a judge who checks the answer.
 """
 
 import sys
@@ -35,7 +35,7 @@ from shared import (
 )
 
 WIDTH = 800  # of the figure, in pixels
-HEIGHT = 940
+HEIGHT = 956
 LINE = 19  # distance between two lines of text, in pixels
 
 
@@ -208,7 +208,11 @@ def make_stages(world, numbers):
         "the model writes the answers itself",
         rows=[
             Row("prompt", hard_prompt(world), False),
-            Row("answer", "sampled from the model; the reward model gives it the reward r", True),
+            Row(
+                "answer",
+                "sampled from the model; the reward model (GRPO: the judge) gives it the reward r",
+                True,
+            ),
             Row("A", r"REINFORCE: $r - \beta\,KL$, minus the mean;  $L = -A\,\log\,p$", False),
             Row("", r"PPO: $r - \beta\,KL$, minus the value that a critic expects", False),
             Row("", r"GRPO: $r$, minus the mean over the answers to the same prompt", False),

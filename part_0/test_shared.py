@@ -130,6 +130,16 @@ def test_post_init_sees_the_final_values():
     assert shared.parse_args(Sizes, argv=["--n_embd=64", "--head_dim=8"]).head_dim == 8
 
 
+def test_a_default_of_0_can_be_typed():
+    """Where the default is 0, the script chooses a value by itself."""
+
+    @dataclass
+    class Free:
+        steps: int = 0
+
+    assert shared.parse_args(Free, argv=["--steps=0"]).steps == 0
+
+
 def test_keyword_arguments_replace_defaults():
     cfg, sizes = shared.parse_args(Config, Sizes, argv=["--steps=3"], steps=7, n_embd=64)
     assert (cfg.steps, sizes.n_embd, sizes.head_dim) == (3, 64, 16)

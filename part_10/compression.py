@@ -9,8 +9,9 @@ Two models are made small, because they teach different things:
 
     base      our model of Part 4. Its text has a known true entropy, so every loss can be compared
               with the lowest possible one.
-    smollm2   SmolLM2-135M-Instruct, a real model. It is bound by memory, and some channels of its
-              activations are far larger than all others. Our model has neither property.
+    smollm2   SmolLM2-135M-Instruct, a real model. It is bound by memory, and behind its norms some
+              channels are far larger than all others. Our model is not bound by memory, and has
+              such channels only inside its MLPs.
 
 A method may look at the calibration text. The loss is measured on a held-out text. For base these
 are the training and the validation text of the world. For smollm2 they are two halves of Python's
@@ -50,7 +51,7 @@ LANGUAGE_MODELS = ("base", "sft", "reinforce", "ppo", "grpo", "dpo")
 class Rows(NamedTuple):
     """Pieces of a text, as a model reads them."""
 
-    idx: torch.Tensor  # (N, T) token ids, padded on the right with the last one
+    idx: torch.Tensor  # (N, T) token ids; a shorter row is followed by what comes next in the text
     targets: torch.Tensor  # (N, T) the next tokens; -100 for padding, which does not count
     bytes: int  # bytes of all targets together
 

@@ -249,7 +249,7 @@ def orthogonalize(matrix):
     """Brings the singular values of a matrix (rows, columns) near 1 and keeps its singular vectors:
     five steps of a Newton-Schulz iteration (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # CPUs only emulate bf16 products
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # many CPUs only emulate bf16
     x = matrix.to(dtype)
 
     # The wide form makes the products x x^T small. Scaling brings all singular values below 1.

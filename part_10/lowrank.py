@@ -11,7 +11,7 @@ should the weights or the outputs be kept as they are?
 Starts here. The models, the texts and what flows into each matrix come from compression.py, and the
 error of the outputs is that of prune.py.
 
-A matrix W (m, n) of rank r can be written as A B with A (m, r) and B (r, n). That are r (m + n)
+A matrix W (m, n) of rank r can be written as A B with A (m, r) and B (r, n). These are r (m + n)
 numbers instead of m n, and as many multiplications for each token. It saves something only if
 r < m n / (m + n), which is half of the rank for a square matrix. The matrices of a language model
 have full rank, so W has to be replaced by a matrix W' of rank r that is close to it. Close in which

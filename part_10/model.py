@@ -35,15 +35,15 @@ class GPTConfig:
     tied: bool = False  # use the token embedding's matrix as the head
     qk_norm: bool = True  # normalize queries and keys per head (Qwen3); 0: do not (Llama)
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
-    n_expert: int = 0  # E, experts per layer, each an MLP of mlp_dim channels; 0: one plain MLP
+    n_expert: int = 0  # E, experts per layer; 0: one plain MLP. Both have mlp_dim hidden channels
     top_k_experts: int = 2  # experts that each token visits
 
     # layer i has experts when (i + 1) is divisible by this; 1: every layer, 2: every second one
     moe_every: int = 1
 
     def __post_init__(self):
-        shared = self.n_head % self.n_kv_head == 0
-        assert shared, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
+        whole_groups = self.n_head % self.n_kv_head == 0
+        assert whole_groups, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
         if self.head_dim == 0:
             divisible = self.n_embd % self.n_head == 0
             assert divisible, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}"
@@ -458,7 +458,10 @@ class RewardModel(GPT):
             self.score_head = nn.Linear(cfg.n_embd, 1, bias=False)
             nn.init.normal_(self.score_head.weight, std=(cfg.n_embd + 1) ** -0.5)
 
-        # Set after training: rewards have mean 0 and variance 1 on what the SFT policy writes.
+        # A buffer, so that a checkpoint keeps the BETA that it was trained with.
+        self.register_buffer("beta", torch.tensor(self.BETA))
+
+        # Set after training: rewards have mean 0 and variance 1 on the policy's held-out pairs.
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
@@ -475,7 +478,7 @@ class RewardModel(GPT):
             before = F.pad(x, (0, 0, 1, 0))[:, :-1]  # (B, T, C): the state that chose each token
             all_logp = self.lm_head(before[answer]).log_softmax(dim=-1)  # (N, V)
             logp = all_logp.gather(1, idx[answer][:, None]).squeeze(1)  # (N,)
-            scores = self.BETA * logp
+            scores = self.beta * logp
         else:
             scores = self.score_head(x[answer]).squeeze(1)  # (N,)
         zeros = torch.zeros(idx.shape, device=idx.device, dtype=scores.dtype)

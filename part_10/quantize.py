@@ -60,6 +60,7 @@ from compression import (
 )
 from shared import (
     COLOURS,
+    fail,
     figure,
     load_checkpoint,
     output_folder,
@@ -176,9 +177,9 @@ def minmax_grid(w, bits, group):
 def nf4_levels():
     """The 16 levels of NF4 (Dettmers et al. 2023, QLoRA, appendix E) -> (16,), from -1 to 1.
 
-    They are quantiles of the normal distribution. Half of the levels would be enough for equally
-    many negative and positive ones, but then 0 would not be a level. So there are 8 positive levels
-    and 7 negative ones besides the 0. The offset is that of bitsandbytes: the outermost quantile
+    They are quantiles of the normal distribution. Sixteen levels could be eight negative and eight
+    positive ones, but then 0 would not be among them. So there are 7 negative levels, the 0, and 8
+    positive ones. The offset is that of bitsandbytes: the outermost quantile
     cannot be that of probability 1, which is infinite.
     """
     offset = 0.9677083
@@ -436,7 +437,8 @@ def pack_bits(codes, bits):
     places = torch.arange(bits, dtype=torch.uint8)
     single_bits = (codes.cpu().flatten()[:, None] >> places) & 1  # (n, bits)
     single_bits = single_bits.flatten()
-    single_bits = F.pad(single_bits, (0, -len(single_bits) % 8)).view(-1, 8)
+    missing = -len(single_bits) % 8  # bits up to the next full byte
+    single_bits = F.pad(single_bits, (0, missing)).view(-1, 8)
     values = single_bits << torch.arange(8, dtype=torch.uint8)
     return values.sum(dim=1).to(torch.uint8)
 
@@ -1079,6 +1081,9 @@ def for_json(result):
 
 if __name__ == "__main__":
     cfg = parse_args(Config)
+    for name in ("bits", "group", "per_row", "act_order", "activations", "migration"):
+        if name in cfg.changed and not cfg.method:
+            fail(f"--{name} belongs to one method: add --method")
     device = pick_device(cfg.device)
     out = output_folder(cfg)
 

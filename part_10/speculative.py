@@ -24,7 +24,7 @@ its probabilities at all k + 1 places. The guesses are checked from left to righ
 
 So a pass of the target brings 1 to k + 1 tokens. What is written has exactly the distribution p of
 the target, whatever the draft says. x comes as an accepted guess with probability q(x) times
-min(1, p(x) / q(x)), and that is min(p(x), q(x)). What is missing to p(x) is max(0, p(x) - q(x)),
+min(1, p(x) / q(x)), and that is min(p(x), q(x)). What p(x) lacks is max(0, p(x) - q(x)),
 and this is where the replacements come from. A bad draft costs time and never quality. At
 temperature 0 all probabilities are 0 or 1, and the rule becomes: accept what the target would have
 written.
@@ -258,9 +258,10 @@ class Written(NamedTuple):
     tokens: list  # the new tokens, with the stop token if there was one
     guessed: list  # for each of them: was it a guess of the draft?
     passes: int  # of the target, without that over the prompt
-    n_checked: (
-        int  # guesses that were accepted or rejected; those behind a rejected one are neither
-    )
+
+    # guesses that were accepted or rejected; those behind a rejected one are neither
+    n_checked: int
+
     n_accepted: int
     seconds: float  # of processor time, without the pass over the prompt
 

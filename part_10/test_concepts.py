@@ -519,6 +519,15 @@ def test_token_loss_by_hand(tok):
     assert loss == pytest.approx(total / count, rel=1e-4)
 
 
+def test_a_piece_of_a_long_document_has_no_end(tok):
+    document = ["Be short.", "Tom ran.", "Tom fell.", "Tom sat.", "Tom cried.", THE_END]
+    first, last = train_lcm.cut([document], 4, 1)
+    ids, _ = train_lcm.token_row(tok, first, 1)
+    assert tok.decode(ids) == "Be short.\nTom ran. Tom fell. Tom sat."
+    ids, _ = train_lcm.token_row(tok, last, 1)
+    assert tok.decode(ids) == "Tom cried.\n<|end|>"
+
+
 class Script(torch.nn.Module):
     """Stands for a model: it writes the vectors of these sentences, one after the other."""
 
@@ -875,7 +884,8 @@ def test_bad_input_ends_in_one_line(base_checkpoint, tmp_path):
         "kind of checkpoint": ["train_lcm.py", f"--sonar={base_checkpoint}"],
         "sentences": ["train_lcm.py", "--sentences=2", "--given=2"],
         "drop": ["train_lcm.py", "--drop=1.5"],
-        "given": ["train_lcm.py", f"--data={short}", "--given=5"],
+        "given": ["train_lcm.py", f"--data={short}", "--given=5", "--sonar=my.pt"],
+        "own text": ["train_lcm.py", f"--data={short}"],
         "codes": ["train_lcm.py", "--kind=quant", "--codes=1"],
         "seeds": ["demo_next_concept.py", "--seeds=0"],
         "share": ["demo_next_concept.py", "--share=0"],

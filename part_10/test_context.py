@@ -503,6 +503,15 @@ def test_a_text_of_your_own(tmp_path):
     assert json.loads((tmp_path / "train_context.json").read_text())["true_nats"] is None
 
 
+def test_all_of_a_text_of_your_own_counts(tmp_path):
+    """Only a document of the world begins with a brief, which is given."""
+    save_base(tmp_path / "base.pt")
+    (tmp_path / "my.txt").write_text("The first line.\nThe end.\n\n" * 20)
+    cfg = train_context.Config(data=f"{tmp_path}/my.txt", init=f"{tmp_path}/base.pt")
+    data = train_context.load_data(cfg)
+    assert [document.start for document in data.val] == [1, 1]
+
+
 def assert_one_line(printed, message):
     assert message in printed
     assert printed.count("\n") == 1
@@ -512,7 +521,7 @@ def test_bad_files_end_in_one_line(tmp_path, capsys):
     save_base(tmp_path / "base.pt")
     (tmp_path / "one.txt").write_text("Only one document.")
     (tmp_path / "empty.txt").write_text(" \n\n")
-    for name, message in (("one", "at least 2 are needed"), ("empty", "is empty")):
+    for name, message in (("one", "at least 11 are needed"), ("empty", "is empty")):
         cfg = train_context.Config(data=f"{tmp_path}/{name}.txt", init=f"{tmp_path}/base.pt")
         with pytest.raises(SystemExit) as end:
             train_context.load_data(cfg)

@@ -451,6 +451,15 @@ def test_a_bad_tree_is_one_line(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_small_tree_has_a_held_out_pair(tmp_path, seed):
+    path = tmp_path / "edges.tsv"
+    path.write_text("dog\tpet\npet\tanimal\ncat\tpet\nwolf\twild\nwild\tanimal\n")
+    task = PairTask(Config(task="tree", data=str(path), seed=seed))
+    assert len(task.hidden_pairs) > 0
+    assert (task.ranks[task.hidden] > 1).all(), "a parent is never held out"
+
+
 def test_bad_options_end_with_one_line():
     """The options of one script in a process of its own: exit code 2 and a single line."""
     command = [sys.executable, str(FOLDER / "train_hierarchy.py"), "--kind=curved"]

@@ -670,6 +670,12 @@ def test_bad_options_end_in_one_line(options, message, capsys):
     assert error.count("\n") == 1
 
 
+def test_an_option_of_one_method_needs_the_method(tmp_path):
+    done = run("--bits=2", f"--out={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr == "error: --bits belongs to one method: add --method\n"
+
+
 def test_a_checkpoint_that_is_missing(tmp_path):
     done = run(f"--model={tmp_path / 'nothing.pt'}", f"--out={tmp_path}")
     assert done.returncode == 2

@@ -372,7 +372,9 @@ def space_starts(idx):
     """A patch starts behind a space-like byte (neither a letter, nor a digit, nor a part of a
     longer UTF-8 character), unless the byte before it is space-like, too: a word with its space, or
     with its comma (section 2.2)."""
-    letter = ((idx | 32) >= ord("a")) & ((idx | 32) <= ord("z"))
+    # Small and capital letters differ in one bit, 32. With it set, every letter is a small one.
+    small = idx | 32
+    letter = (small >= ord("a")) & (small <= ord("z"))
     digit = (idx >= ord("0")) & (idx <= ord("9"))
     space = ~(letter | digit | (idx >= 128))
     before = F.pad(space[:, :-1], (1, 0), value=False)
@@ -742,7 +744,7 @@ def orthogonalize(matrix):
     to let small values grow as fast as possible; the price is that f does not converge to 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # CPUs only emulate bf16 products
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # many CPUs only emulate bf16
     x = matrix.to(dtype)
 
     # The wide form makes the products x x^T small. Scaling brings all singular values below 1.

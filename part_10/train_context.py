@@ -162,8 +162,11 @@ def split_documents(cfg):
         if document.strip():
             documents.append(document.strip())
     split = int(0.9 * len(documents))
-    if split == 0:
-        fail(f"--data={cfg.data} has one document: at least 2 are needed, between blank lines")
+    if len(documents) - split < 2:
+        fail(
+            f"--data={cfg.data} has {len(documents)} documents, between blank lines: at least 11 "
+            "are needed, so that two are held out and one can get the context of the other"
+        )
     return documents[:split], documents[split:]
 
 
@@ -202,15 +205,16 @@ def load_data(cfg):
         count.update(set(ids))
     rare = {i for i in range(tok.vocab_size) if count[i] < RARE * len(parts[0])}
 
-    # A story starts after the line break that ends its brief. A text without one counts entirely.
-    # Only the evaluation asks for distances.
+    # A story of the world starts after the line break that ends its brief. Any other text counts
+    # entirely. Only the evaluation asks for distances.
     has_break = [b"\n" in tok.token_bytes(i) for i in range(tok.vocab_size)]
     data = []
     for encoded, is_val in zip(parts, (False, True)):
         documents = []
         for ids in encoded:
             breaks = [position for position, i in enumerate(ids) if has_break[i]]
-            start = breaks[0] + 1 if breaks else 1
+            has_brief = cfg.data == "stories" and len(breaks) > 0
+            start = breaks[0] + 1 if has_brief else 1
             distance = last_mention(ids, rare) if is_val else []
             documents.append(Document(ids, start, distance))
         data.append(documents)
@@ -288,23 +292,23 @@ def sentence_numbers(idx, is_end):
 
 
 def running_context(vectors, sentence):
-    """Token vectors (B, T, C) and the sentences that they are in (B, T) -> the context of each
-    sentence, and of one that would follow (B, S + 1, C): the mean of the vectors of all sentences
+    """Token vectors (B, T, K) and the sentences that they are in (B, T) -> the context of each
+    sentence, and of one that would follow (B, S + 1, K): the mean of the vectors of all sentences
     before it, and 0 for the first.
 
     The vector of a sentence is the mean of its tokens. In other words, after each sentence the
     context moves towards its vector z by a share that becomes smaller: c += (z - c) / (s + 1).
     """
-    B, T, C = vectors.shape
+    B, T, K = vectors.shape
     S = int(sentence.max()) + 1
-    total = vectors.new_zeros(B, S, C)
-    total = total.scatter_add(1, sentence[:, :, None].expand(B, T, C), vectors)  # (B, S, C)
+    total = vectors.new_zeros(B, S, K)
+    total = total.scatter_add(1, sentence[:, :, None].expand(B, T, K), vectors)  # (B, S, K)
     count = vectors.new_zeros(B, S).scatter_add(1, sentence, torch.ones_like(vectors[:, :, 0]))
-    z = total / count.clamp(min=1)[:, :, None]  # (B, S, C)
+    z = total / count.clamp(min=1)[:, :, None]  # (B, S, K)
 
     # Shift the sums by one sentence. To subtract z from the sum instead would let the sentence
     # leak into its own context through the rounding error: (a + z) - z is not always a.
-    earlier = F.pad(z.cumsum(dim=1), (0, 0, 1, 0))  # (B, S + 1, C)
+    earlier = F.pad(z.cumsum(dim=1), (0, 0, 1, 0))  # (B, S + 1, K)
     exists = (count > 0).to(vectors.dtype)
     n_earlier = F.pad(exists.cumsum(dim=1), (1, 0))  # (B, S + 1)
     return earlier / n_earlier.clamp(min=1)[:, :, None]
@@ -446,8 +450,8 @@ class ContextGPT(nn.Module):
             nn.init.zeros_(self.added.weight)
 
     def contexts(self, idx):
-        """idx (B, T) -> the context of each sentence, and of one that would follow (B, S + 1, K).
-        That of the first sentence is 0."""
+        """idx (B, T) -> the context of each sentence, and of one that would follow (B, S + 1, K):
+        the running mean, divided by its root mean square. That of the first sentence is 0."""
         sentence = sentence_numbers(idx, self.is_end)
         mean = running_context(self.words(idx), sentence)  # (B, S + 1, K)
         return F.rms_norm(mean, (self.context_dim,), eps=1e-8)
@@ -541,7 +545,7 @@ def orthogonalize(matrix):
     """Brings the singular values of a matrix (rows, columns) near 1 and keeps its singular vectors:
     five steps of a Newton-Schulz iteration (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # CPUs only emulate bf16 products
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # many CPUs only emulate bf16
     x = matrix.to(dtype)
 
     # The wide form makes the products x x^T small. Scaling brings all singular values below 1.

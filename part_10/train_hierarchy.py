@@ -422,9 +422,13 @@ class PairTask:
         # A parent is never held out: without it nothing would say where a leaf belongs.
         generator = torch.Generator().manual_seed(cfg.seed)
         may_go = self.ranks.isfinite() & (self.ranks > 1)
-        self.hidden = may_go & (torch.rand(self.ranks.shape, generator=generator) < self.HELD_OUT)
-        if not self.hidden.any():
+        if not may_go.any():
             fail(f"--data={cfg.data}: no node has a grandparent, so there is no pair to hold out")
+
+        # In a small tree chance may choose none, so the pair with the lowest number always goes.
+        chance = torch.rand(self.ranks.shape, generator=generator)
+        is_lowest = chance == chance[may_go].min()
+        self.hidden = may_go & ((chance < self.HELD_OUT) | is_lowest)
         self.seen_pairs = (self.ranks.isfinite() & ~self.hidden).nonzero()  # (pairs, 2)
         self.hidden_pairs = self.hidden.nonzero()
 

@@ -7,7 +7,7 @@ Part 10: embeds a tree in curved and in flat space, and asks how many dimensions
 
 Starts here. The spaces are in part_10/hyperbolic.py.
 
-Every node is a point. It shall be close to its ancestors and far from all other nodes. Nickel and
+Every node is a point. It should be close to its ancestors and far from all other nodes. Nickel and
 Kiela (2017, eq. 6) train this with a softmax: of one ancestor and some random other nodes, which is
 the ancestor? The logit of a node is its negative distance. How well the points remember the graph
 is measured on the same graph (reconstruction): there is no held-out data.

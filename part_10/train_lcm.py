@@ -6,8 +6,9 @@ token.
     python part_10/train_lcm.py --kind=base        regression with the mean squared error
     python part_10/train_lcm.py --kind=quant       residual quantization and cross-entropy
     python part_10/train_lcm.py --kind=token       for comparison: a GPT on the same stories
+    python part_10/train_sonar.py --data=my.txt --out=my
     python part_10/train_lcm.py --data=my.txt --sonar=my/sonar.pt --given=1
-                                                   your own text, with train_sonar.py --data=my.txt
+                                                   your own text, after its autoencoder
 
 Starts here. The optimizers and the loading of the text come from train_sonar.py.
 
@@ -30,7 +31,7 @@ Vectors are standardised: each of their numbers has mean 0 and variance 1 over t
 (the paper's PreNet and PostNet). The first `given` sentences are the brief and never targets.
 
 Shapes: B batch, S sentences of the past, Q queries, C channels (= n_embd), H heads, L levels of the
-        quantization, K codes of a level, D numbers in a sentence vector, T denoising steps.
+        quantization, K codes of a level, D numbers in a sentence vector, T noise levels.
 """
 
 import sys
@@ -140,6 +141,9 @@ class Config:
 
         for name in ("given", "n_layer", "n_embd", "steps", "batch_size", "draws", "levels"):
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        assert self.data == "stories" or self.sonar, (
+            f"data={self.data} needs --sonar: an autoencoder of this text, by train_sonar.py"
+        )
         assert self.codes > 1, f"codes={self.codes} must be at least 2"
         assert self.prompts > 0, f"prompts={self.prompts} must be at least 1"
         assert 0 <= self.drop < 1, f"drop={self.drop} must be at least 0 and below 1"
@@ -560,10 +564,14 @@ def vectorize(sonar, documents, given):
 
 def token_row(tok, document, given):
     """A document as token ids, and how many of them are its given sentences. A line break ends the
-    brief, and the special token <|end|> the document."""
+    brief, and the special token <|end|> the document, if this piece of it has the end."""
     prompt = tok.encode(" ".join(document[:given]) + "\n")
-    answer = tok.encode(" ".join(document[given:-1]))
-    return [*prompt, *answer, tok.special["<|end|>"]], len(prompt)
+    is_whole = document[-1] == THE_END
+    sentences = document[given:-1] if is_whole else document[given:]
+    row = [*prompt, *tok.encode(" ".join(sentences))]
+    if is_whole:
+        row.append(tok.special["<|end|>"])
+    return row, len(prompt)
 
 
 def token_loss(model, tok, documents, given, longest):

@@ -317,7 +317,7 @@ def orthogonalize(matrix):
     to let small values grow as fast as possible; the price is that f does not converge to 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # CPUs only emulate bf16 products
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # many CPUs only emulate bf16
     x = matrix.to(dtype)
 
     # The wide form makes the products x x^T small. Scaling brings all singular values below 1.

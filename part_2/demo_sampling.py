@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model import GPT, GPTConfig, sample
+from model import sample
+from sample import load_model
 from shared import (
     Log,
     figure,
@@ -181,8 +182,7 @@ if __name__ == "__main__":
 
     # model and prompt; a blank line stands between two stories
     checkpoint = load_checkpoint(require(cfg.init), "gpt")
-    model = GPT(GPTConfig(**checkpoint["gpt_config"])).to(device)
-    model.load_state_dict(checkpoint["weights"])
+    model = load_model(checkpoint, cfg.init).to(device)
     prompt = torch.tensor([encode("\n\n" + cfg.prompt)], device=device)
 
     # one distribution under four settings

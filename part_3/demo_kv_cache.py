@@ -55,6 +55,10 @@ class Config:
         assert self.positions >= 8, f"positions={self.positions} must be at least 8"
         assert self.repeats > 0, f"repeats={self.repeats} must be at least 1"
         assert self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1"
+        assert self.n_head > 0, f"n_head={self.n_head} must be at least 1"
+        assert self.n_embd > 0 and self.n_embd % (2 * self.n_head) == 0, (
+            f"n_embd={self.n_embd} must be divisible by 2 * n_head = {2 * self.n_head}"
+        )
 
 
 def make_model(gpt_cfg, device):

@@ -5,7 +5,7 @@ on? Five ways, by loss, memory and milliseconds per token.
     python part_3/demo_streaming.py
     python part_3/demo_streaming.py --seeds=3
 
-This is the table of StreamingLLM (Xiao et al. 2023, table 1):
+These are the four ways of figure 1 of StreamingLLM (Xiao et al. 2023), and the ring buffer:
 
     dense           keep all keys: the cache grows, and distances occur that training never showed
     window          keep the last T keys, where T is the trained length

@@ -1,6 +1,6 @@
 """
 Part 3: the modern architecture, that of Qwen3. RMSNorm, rotary positions, SwiGLU, grouped queries
-and QK-norm; and a KV cache, so that generation does not compute anything twice.
+and QK-norm; and a KV cache, so that generation reads a token again only when the context is full.
 
 From part_2/model.py
     New      rope_table, rope, RMSNorm, KVCache, GPT.positions
@@ -51,8 +51,8 @@ class GPTConfig:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self):
-        shared = self.n_head % self.n_kv_head == 0
-        assert shared, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
+        whole_groups = self.n_head % self.n_kv_head == 0
+        assert whole_groups, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
         if self.head_dim == 0:
             divisible = self.n_embd % self.n_head == 0
             assert divisible, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}"

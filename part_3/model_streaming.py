@@ -53,8 +53,8 @@ class GPTConfig:
     sink: int = 0  # first tokens of the text that stay visible on top of the window
 
     def __post_init__(self):
-        shared = self.n_head % self.n_kv_head == 0
-        assert shared, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
+        whole_groups = self.n_head % self.n_kv_head == 0
+        assert whole_groups, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
         if self.head_dim == 0:
             divisible = self.n_embd % self.n_head == 0
             assert divisible, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}"

@@ -56,6 +56,9 @@ class Config:
     def __post_init__(self):
         for name in ("block_size", "n_layer", "n_embd", "repeats"):
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        assert self.n_embd % 8 == 0, (
+            f"n_embd={self.n_embd} must be divisible by 8: four heads, and RoPE rotates pairs"
+        )
         is_power = self.batch_size > 1 and self.batch_size.bit_count() == 1
         assert is_power, f"batch_size={self.batch_size} must be a power of two, at least 2"
 

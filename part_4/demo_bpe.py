@@ -67,6 +67,9 @@ class Config:
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
         assert self.steps >= 10, f"steps={self.steps} must be at least 10"
         assert self.sentence, "sentence must not be empty"
+        assert self.n_embd % 8 == 0, (
+            f"n_embd={self.n_embd} must be divisible by 8: four heads, and RoPE rotates pairs"
+        )
 
 
 def vocabulary_sizes(first, last):

@@ -734,8 +734,9 @@ if __name__ == "__main__":
     set_seed(cfg.seed)
     device = pick_device(cfg.device)
     depths = parse_layers(cfg.layers)
-    # With 1024 tokens each name is one token. Heads of 32 channels can attend sharply: QK-norm
-    # limits their scores to the root of that at first.
+    # With 1024 tokens each name is one token. QK-norm gives a query and a key the length sqrt(D) at
+    # first, so a score q k / sqrt(D) is at most sqrt(D). With D = 32 that is enough to attend
+    # sharply.
     gpt_cfg = GPTConfig(
         vocab_size=1024,
         block_size=72,

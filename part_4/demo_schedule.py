@@ -65,6 +65,9 @@ class Config:
     def __post_init__(self):
         for name in ("steps", "batch_size", "n_embd", "seeds"):
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
+        assert self.n_embd % 4 == 0, (
+            f"n_embd={self.n_embd} must be divisible by 4: two heads, and RoPE rotates pairs"
+        )
 
 
 def parse_rates(text):

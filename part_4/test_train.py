@@ -483,12 +483,13 @@ def test_a_resume_point_brings_everything_back(tmp_path):
     for optimizer in optimizers:
         optimizer.step()
     data = make_data("some text, " * 9)
-    train.save_resume_point(tmp_path, 5, cfg, data, model, optimizers, scaler)
+    train.save_resume_point(tmp_path, 5, 1.5, cfg, data, model, optimizers, scaler)
 
     fresh = make_model(seed=3)
     fresh_optimizers = make_optimizers(fresh, cfg)
     fresh_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     point = train.load_resume_point(tmp_path, cfg, gpt_cfg, data)
+    assert point["seconds"] == 1.5
     assert train.resume_from(point, fresh, fresh_optimizers, fresh_scaler) == 5
     for name, p in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], p), name
@@ -509,7 +510,7 @@ def test_a_resume_point_belongs_to_its_text_and_tokenizer(tmp_path, capsys, part
     cfg, gpt_cfg = parse_args(Config, GPTConfig, argv=["--batch_size=4", "--steps=9"], **SIZES)
     model = GPT(gpt_cfg)
     data = make_data("some text, " * 9)
-    train.save_resume_point(tmp_path, 5, cfg, data, model, [], NO_SCALER)
+    train.save_resume_point(tmp_path, 5, 1.5, cfg, data, model, [], NO_SCALER)
     assert train.load_resume_point(tmp_path, cfg, gpt_cfg, data)["step"] == 5
 
     other = make_data("other words; " * 9)
@@ -822,7 +823,8 @@ def test_resuming_after_a_kill_gives_the_same_bits(server, straight, tmp_path):
     os.kill(child, signal.SIGKILL)
     code, _, _ = finish(server, out)
     assert code == -signal.SIGKILL
-    assert 4 <= load_checkpoint(out / "resume.pt", "resume")["step"] < STEPS
+    killed = load_checkpoint(out / "resume.pt", "resume")
+    assert 4 <= killed["step"] < STEPS
     assert not (out / "base.pt").exists()
 
     run(server, out, "--resume")
@@ -831,6 +833,7 @@ def test_resuming_after_a_kill_gives_the_same_bits(server, straight, tmp_path):
     for name, weight in expected["weights"].items():
         assert torch.equal(resumed["weights"][name], weight), name
     assert str(resumed["optimizers"]) == str(expected["optimizers"])
+    assert resumed["seconds"] > killed["seconds"] > 0, "the seconds are those of both runs"
     assert read_log(out) == read_log(straight[0])
 
 

@@ -74,7 +74,7 @@ class Config:
     decay: float = 0.5  # share of the steps, at the end, in which it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient; a larger one is scaled down
     # run
-    dtype: str = ""  # fp32, bf16 or fp16 (CUDA only); empty: bf16 on CUDA, fp32 elsewhere
+    dtype: str = ""  # fp32, bf16 or fp16 (GPU only); empty: bf16 on CUDA, fp32 elsewhere
     eval_every: int = 100  # steps between evaluations on the validation data
     save_every: int = 100  # steps between resume points, out/resume.pt
     resume: bool = False  # go on from out/resume.pt
@@ -210,7 +210,7 @@ def orthogonalize(matrix):
     to let small values grow as fast as possible; the price is that f does not converge to 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # CPUs only emulate bf16 products
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # many CPUs only emulate bf16
     x = matrix.to(dtype)
 
     # The wide form makes the products x x^T small. Scaling brings all singular values below 1.
@@ -330,10 +330,12 @@ def evaluate(model, ids, edges, n_bytes, device, autocast):
     nats = 0.0
     correct = 0
     for i in range(0, len(edges) - 1, 64):
-        first = edges[i : i + 65][:-1, None]  # (rows, 1)
-        last = edges[i : i + 65][1:, None]  # (rows, 1)
+        some = edges[i : i + 65]  # 64 rows have 65 edges
+        first = some[:-1, None]  # (rows, 1)
+        last = some[1:, None]  # (rows, 1)
 
-        # Rows of different lengths: positions after a row's last token are not targets.
+        # Rows of different lengths: positions after a row's last token are not targets. Some of
+        # them lie beyond the end of the text, so they are moved back to where there is a token.
         position = first + torch.arange((last - first).max())  # (rows, T)
         x = ids[position.clamp(max=len(ids) - 2)]
         y = ids[(position + 1).clamp(max=len(ids) - 1)]
@@ -377,13 +379,14 @@ def fingerprint(data):
     return digest.hexdigest()
 
 
-def save_resume_point(out, step, cfg, data, model, optimizers, scaler):
+def save_resume_point(out, step, seconds, cfg, data, model, optimizers, scaler):
     """Writes out/resume.pt: all that a run needs to go on at this step, besides the data."""
     save_checkpoint(
         out / "resume.pt",
         kind="resume",
         changed=cfg.changed,
         step=step,
+        seconds=seconds,
         config=asdict(cfg),
         optimizers=[optimizer.state_dict() for optimizer in optimizers],
         scaler=scaler.state_dict(),
@@ -415,7 +418,10 @@ def load_resume_point(out, cfg, gpt_cfg, data):
     if saved != current or point["gpt_config"] != asdict(gpt_cfg):
         fail("--resume: out/resume.pt was written with other options; repeat those of that command")
     if point["step"] >= cfg.steps:
-        fail(f"--resume: out/resume.pt is already at step {point['step']}; ask for more --steps")
+        fail(
+            f"--resume: {out}/resume.pt is already at step {point['step']}; to go on, ask for more "
+            f"--steps and add --out={out}"
+        )
     return point
 
 
@@ -449,9 +455,11 @@ if __name__ == "__main__":
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     first_step = 0
+    seconds = 0.0  # of training, in all runs up to here
     if cfg.resume:
         point = load_resume_point(out, cfg, gpt_cfg, data)
         first_step = resume_from(point, model, optimizers, scaler)
+        seconds = point["seconds"]
     ddp_model = DistributedDataParallel(model)
     params = sum(p.numel() for p in model.parameters())
     if rank == 0:
@@ -464,7 +472,6 @@ if __name__ == "__main__":
     log = Log(out, cfg.steps, resume_step=first_step)
     if rank == 0:
         board = SummaryWriter(out, purge_step=first_step)
-    seconds = 0.0
     for step in range(first_step, cfg.steps):
         start = time.time()
         set_lr(optimizers, lr_scale(step, cfg))
@@ -512,7 +519,7 @@ if __name__ == "__main__":
 
         # once in a while: save what a resume needs
         if (step + 1) % cfg.save_every == 0 and not last_step and rank == 0:
-            save_resume_point(out, step + 1, cfg, data, model, optimizers, scaler)
+            save_resume_point(out, step + 1, seconds, cfg, data, model, optimizers, scaler)
         if reached:
             break
 
@@ -543,7 +550,7 @@ if __name__ == "__main__":
         tokenizer=data.tok.state(),
         **model.to_checkpoint(),
     )
-    save_resume_point(out, steps_done, cfg, data, model, optimizers, scaler)
+    save_resume_point(out, steps_done, seconds, cfg, data, model, optimizers, scaler)
     save_metrics(
         out,
         val_loss=val.loss,
@@ -556,8 +563,10 @@ if __name__ == "__main__":
         seed=cfg.seed,
     )
 
-    # show what it learned
-    prompt = data.tok.encode(".\n\nWrite a story about a fox named Mia")
+    # show what it learned: a brief of the world, or else the start of the validation text
+    prompt = data.val_ids[:16].tolist()
+    if cfg.data == "stories":
+        prompt = data.tok.encode(".\n\nWrite a story about a fox named Mia")
     ids = model.generate(torch.tensor([prompt], device=device), 80, temperature=0.8)
     print(data.tok.decode(ids[0].tolist()).removeprefix(".\n\n"))
     title = f"{val.loss:.3f} nats per byte on new text after {seconds:.0f} s"

@@ -136,7 +136,7 @@ def draw_load(load, title, path):
         curves = ax.plot(middles, means[:, i])
         ax.set(ylabel=f"layer {i + 1}", ylim=(0, 1.05 * means.max()))
     ax.set_xlabel("optimizer step")
-    fig.supylabel("share of the layer's tokens", fontsize=11)
+    fig.supylabel("share of the layer's visits", fontsize=11)
     labels = [*range(n_expert), "even"]
     fig.legend([*curves, even], labels, title="expert", loc="outside lower center", ncols=9)
     save_figure(fig, path)

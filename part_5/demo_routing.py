@@ -5,7 +5,8 @@ even the load becomes, and what that costs in loss.
     python part_5/demo_routing.py
     python part_5/demo_routing.py --seeds=3      what the README quotes
 
-MaxVio is how much more than its even share the busiest expert gets (Wang et al. 2024, section 2.2).
+MaxVio is how much more than its even share the busiest expert gets (Wang et al. 2024, eq. 4). The
+paper takes the mean over the layers, and we take the worst layer.
 
     auxiliary loss    pulls on the router's gradient (Fedus et al. 2021, eq. 4)
     loss-free bias    is added to the probabilities when experts are chosen, never when they are

@@ -133,6 +133,13 @@ def test_bad_number_of_experts_is_one_line(tmp_path):
     assert "top_k_experts=2" in result.stderr
 
 
+def test_experts_in_no_layer_are_one_line(tmp_path):
+    result = run(tmp_path / "out", "--moe_every=9")
+    assert result.returncode == 2
+    assert "--moe_every=9: none of 3 layers has experts" in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
 @pytest.mark.parametrize("moe_every, layers", [(1, 2), (2, 1), (3, 0)])
 def test_balance_and_load_are_of_the_layers_with_experts(moe_every, layers):
     model = make(moe_every=moe_every)

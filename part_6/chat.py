@@ -421,7 +421,7 @@ class Terminal:
         if self.stopped:
             line += ", stopped"
         elif not ended:
-            line += ", cut off: no room for more"
+            line += ", cut off: it may not be longer"
         return "".join(texts), line
 
 

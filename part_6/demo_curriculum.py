@@ -16,7 +16,7 @@ demonstrations, of which seven in ten fail a check.
 A sorted order is walked through from end to end whatever the budget is, and each budget has a
 complete learning rate schedule. A small budget leaves out demonstrations evenly.
 
-The trainings are short: 192 steps of 8 demonstrations at most, instead of train_sft.py's 400 of 32.
+The trainings are short: 192 steps of 8 demonstrations at most, instead of train_sft.py's 440 of 32.
 """
 
 import sys

@@ -14,7 +14,7 @@ when the prompts are long, the answers short and the demonstrations few.
 
 The end token is one target of many, but the only one that teaches the model to stop.
 
-The trainings are short: 100 steps instead of train_sft.py's 400.
+The trainings are short: 100 steps instead of train_sft.py's 440.
 """
 
 import sys

@@ -36,15 +36,15 @@ class GPTConfig:
     tied: bool = False  # use the token embedding's matrix as the head
     qk_norm: bool = True  # normalize queries and keys per head (Qwen3); 0: do not (Llama)
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
-    n_expert: int = 0  # E, experts per layer, each an MLP of mlp_dim channels; 0: one plain MLP
+    n_expert: int = 0  # E, experts per layer; 0: one plain MLP. Both have mlp_dim hidden channels
     top_k_experts: int = 2  # experts that each token visits
 
     # layer i has experts when (i + 1) is divisible by this; 1: every layer, 2: every second one
     moe_every: int = 1
 
     def __post_init__(self):
-        shared = self.n_head % self.n_kv_head == 0
-        assert shared, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
+        whole_groups = self.n_head % self.n_kv_head == 0
+        assert whole_groups, f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}"
         if self.head_dim == 0:
             divisible = self.n_embd % self.n_head == 0
             assert divisible, f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}"

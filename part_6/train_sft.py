@@ -68,8 +68,8 @@ class Config:
     steps: int = 440  # optimizer steps
     batch_size: int = 32  # demonstrations per step
 
-    # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr. With Part 4's 0.01
-    # the model forgets much of what it knows.
+    # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr. With a higher rate
+    # the model forgets more of what the text has taught it.
     lr: float = 0.004
 
     lr_adamw: float = 1.5e-3  # learning rate of AdamW, for everything else
@@ -176,8 +176,9 @@ def order(records, cfg):
 def get_batch(records, step, cfg):
     """The batch of a step: inputs and targets, as collate makes them.
 
-    In random order the steps go round and round through the records. A curriculum goes through them
-    exactly once, in its order, however many steps there are.
+    In random order the steps go round and round through the records. A curriculum moves through
+    them once, from the first to the last, however many steps there are: with few steps it skips
+    records, and with many it repeats some.
     """
     first = step * cfg.batch_size
     if cfg.curriculum != "random":
@@ -207,7 +208,7 @@ def orthogonalize(matrix):
     to let small values grow as fast as possible; the price is that f does not converge to 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # CPUs only emulate bf16 products
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # many CPUs only emulate bf16
     x = matrix.to(dtype)
 
     # The wide form makes the products x x^T small. Scaling brings all singular values below 1.
@@ -336,8 +337,9 @@ def token_f1(answer, reference):
 def grade(records, answers):
     """What share of the answers is right? -> a dict. "story" is the gold score: the share of
     stories that pass all checks. "story level 1" is the same for one level, and the other tasks
-    have the same two kinds of entries. "check ends" is the share of all answers that pass one of
-    the checks. Records without checks get only "exact match" and "token F1"."""
+    have the same two kinds of entries. "check has" is the share of the checks of this kind that
+    hold: a story that must have three things counts three times. Records without checks get only
+    "exact match" and "token F1"."""
     results = defaultdict(list)
     for record, answer in zip(records, answers):
         verdict = judge(record, answer.text, answer.ended)

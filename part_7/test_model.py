@@ -172,7 +172,7 @@ def test_loading_an_sft_model_adds_only_the_heads():
 
     state = model.state_dict()
     new = set(state) - set(sft["weights"])
-    assert new == {"score_head.weight", "shift", "scale"}
+    assert new == {"score_head.weight", "beta", "shift", "scale"}
     assert set(RewardModel.load(sft).state_dict()) - set(sft["weights"]) == {"shift", "scale"}
     for name, tensor in sft["weights"].items():
         assert torch.equal(state[name], tensor), f"{name} must be the SFT model's"
@@ -306,6 +306,16 @@ def test_an_implicit_reward_starts_as_the_sft_models_mean_log_probability():
         targets[:, : starts[b] - 1] = -100
         _, loss = sft(row[:, :-1], targets)
         assert_near(reward[b], -RewardModel.BETA * loss)
+
+
+def test_a_checkpoint_keeps_the_beta_that_it_was_trained_with(monkeypatch):
+    """Part 8's PPO would otherwise read the rewards of Exercise 1 with another BETA."""
+    sft = randomised(GPT(CONFIG))
+    monkeypatch.setattr(RewardModel, "BETA", 5.0)
+    trained = RewardModel.load(sft.to_checkpoint())
+    monkeypatch.undo()
+    loaded = RewardModel.load(trained.to_checkpoint())
+    assert_near(loaded(*collate(make_pairs())), trained(*collate(make_pairs())))
 
 
 def test_score_head_starts_at_the_published_size():

@@ -66,7 +66,11 @@ class Config:
     # data
     data: str = "stories"  # stories (the built-in world) or a JSON or JSONL file, TRL's fields
     init: str = ""  # checkpoint of the SFT model; empty: part_6/out/sft.pt
-    policy_pairs: int = 1280  # pairs that the SFT policy writes for the noisy judge; 0: none
+
+    # prompts that the SFT policy answers twice, for the noisy judge to compare; pairs of equally
+    # good answers are left out; 0: none
+    policy_pairs: int = 1280
+
     # reward model
 
     # implicit (the mean log-probability of the answer's tokens), mean (of a linear layer on each of
@@ -106,7 +110,7 @@ class Config:
             f"head={self.head} must be implicit, mean or last"
         )
         assert not (self.bidirectional and self.head == "implicit"), (
-            "bidirectional needs --head=mean or last: who sees a token need not predict it"
+            "bidirectional needs --head=mean or last: a token that is seen need not be predicted"
         )
         assert self.loss in ("bt", "margin"), f"loss={self.loss} must be bt or margin"
 
@@ -201,8 +205,10 @@ def sample_pairs(policy, tok, records, cfg, tau):
 
         # The judge prefers the first with probability sigmoid(gap / tau). exp() would overflow if
         # tau were tiny, hence the limit.
-        chosen, rejected = first, second
-        if rng.random() >= 1 / (1 + math.exp(min(-gap / tau, 700))):
+        p_first = 1 / (1 + math.exp(min(-gap / tau, 700)))
+        if rng.random() < p_first:
+            chosen, rejected = first, second
+        else:
             chosen, rejected = second, first
             gap = -gap
         pairs.append(
@@ -253,8 +259,9 @@ def get_batch(pairs, step, cfg, group=8):
     members = [pairs[i] for i in shuffled[first : first + group_size]]
     members.sort(key=pair_length)
 
-    first = step % group * cfg.batch_size % group_size
-    return collate(members[first : first + cfg.batch_size])
+    # This step's batch in the group. A group of few pairs begins again.
+    place = ((step % group) * cfg.batch_size) % group_size
+    return collate(members[place : place + cfg.batch_size])
 
 
 # the lesson's mathematics -------------------------------------------------------------------------
@@ -295,7 +302,7 @@ def orthogonalize(matrix):
     to let small values grow as fast as possible; the price is that f does not converge to 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # CPUs only emulate bf16 products
+    dtype = torch.bfloat16 if matrix.is_cuda else torch.float32  # many CPUs only emulate bf16
     x = matrix.to(dtype)
 
     # The wide form makes the products x x^T small. Scaling brings all singular values below 1.
@@ -553,12 +560,13 @@ if __name__ == "__main__":
         log(step, **values)
     seconds = log.seconds
 
-    # Bradley-Terry fixes neither the zero nor the unit of the rewards. Choose them so that what the
-    # SFT policy writes has mean 0 and standard deviation 1.
+    # Bradley-Terry fixes the differences of the rewards and not their zero. PPO's settings also
+    # need rewards of a known size. So shift and scale them: the answers of the policy's held-out
+    # pairs get mean 0 and standard deviation 1.
     chosen, rejected = rewards(model, policy_val or val, device)
-    answers = torch.cat([chosen, rejected])
-    model.shift.copy_(answers.mean())
-    model.scale.copy_(1 / answers.std())
+    all_rewards = torch.cat([chosen, rejected])
+    model.shift.copy_(all_rewards.mean())
+    model.scale.copy_(1 / all_rewards.std())
 
     save_checkpoint(
         out / "rm.pt",

@@ -48,7 +48,7 @@ class Config:
     steps: int = 16  # iterations of PPO
     batch_size: int = 128  # answers per iteration
     prompts: int = 512  # held-out prompts that are answered and judged after each run
-    lam: float = 0.95  # lambda of GAE; smaller values rely more on the critic
+    lam: float = 0.95  # lambda of GAE for the critic rm; the two others have 1
     seed: int = 0  # seed of all random numbers
     seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
     device: str = ""  # cuda, mps or cpu; empty: the best available
@@ -59,10 +59,11 @@ class Config:
         assert self.batch_size % 2 == 0, f"batch_size={self.batch_size} must be even"
 
 
-# The options of train_ppo.py for each critic. Without a value loss the head stays at zero.
+# The options of train_ppo.py for each critic. Without a value loss the head stays at zero. A critic
+# that knows nothing needs lambda 1: a smaller one would discount the score, which comes last.
 CRITICS = {
-    "none": {"critic": "head", "vf_coef": 0.0},
-    "head": {"critic": "head"},
+    "none": {"critic": "head", "vf_coef": 0.0, "lam": 1.0},
+    "head": {"critic": "head", "lam": 1.0},
     "rm": {"critic": "rm", "lr_value": 1e-3},
 }
 LABELS = {"none": "no critic", "head": "head on the policy's trunk", "rm": "from the reward model"}

@@ -6,9 +6,9 @@ check notice?
     python part_8/demo_details.py --seeds=3 --steps=40 --batch_size=128 --kl_horizon=4000
                                                 runs as long as those of train_ppo.py
 
-Huang et al. (2023) list 37 details of the first PPO for language models. Here some of them are left
-out, one at a time, in runs of an eighth of train_ppo.py's length. All runs start from the same SFT
-policy, use the same reward model and answer the same prompts.
+Huang et al. (2023) went through the details of the first PPO for language models. Here some of them
+are left out, one at a time, in runs of an eighth of train_ppo.py's length. All runs start from the
+same SFT policy, use the same reward model and answer the same prompts.
 
 The last two runs have a bug: the log-probability that the sampler notes is not the one that the
 loss computes. Such a run still learns something, so its curves look harmless. But its very first
@@ -67,7 +67,7 @@ class Config:
     rm: str = "part_7/out/rm.pt"  # checkpoint of the reward model
     steps: int = 10  # iterations of each run
     batch_size: int = 64  # answers per iteration
-    kl_horizon: float = 500.0  # answers in which the KL controller corrects a full error
+    kl_horizon: float = 500.0  # answers in which beta grows or shrinks by at most 20 %
     prompts: int = 256  # held-out prompts that are answered and judged after each run
     seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
     seed: int = 0  # seed of all random numbers

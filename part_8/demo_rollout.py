@@ -185,6 +185,8 @@ if __name__ == "__main__":
     for name, other in (("sft", sft), ("rm", scorer)):
         if other["tokenizer"] != checkpoint["tokenizer"]:
             fail(f"the checkpoint of --{name} has another tokenizer than the one of --init")
+    if any(name.startswith("critic.") for name in checkpoint["weights"]):
+        fail("--init has a critic of its own (--critic=rm); this demo draws the one on the trunk")
     policy = ActorCritic.load(checkpoint).to(device)
     reference = GPT.load(sft).to(device)
     rm = RewardModel.load(scorer, **scorer["head"]).to(device)

@@ -1022,8 +1022,10 @@ def test_the_advantages_of_ppo(folder, run, tmp_path):
     assert_near(result.returns, (expected + result.values) * mask)
     assert result.values[mask].abs().max() > 0, "the critic has learned in the first iterations"
 
-    residuals = (result.returns - result.values)[mask]
-    explained = 1 - residuals.var() / result.returns[mask].var()
+    # What the critic explains is the variance of the returns that came, without its own values.
+    observed = slow_gae(result.rewards, torch.zeros_like(result.values), mask, 0.9, 1.0).float()
+    residuals = (observed - result.values)[mask]
+    explained = 1 - residuals.var() / observed[mask].var()
     log = read_log(tmp_path, "train_ppo")
     assert log[-1]["explained_variance"] == pytest.approx(explained.item(), abs=1e-4)
 
@@ -1038,6 +1040,24 @@ def test_beta_adapts(folder, run, tmp_path):
         expected = next_kl_coef(previous["beta"], previous["kl"], 0.5, 8, 100)
         assert record["beta"] == pytest.approx(expected)
         assert record["beta"] != previous["beta"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_evaluation_changes_nothing(name, folder, run, tmp_path):
+    logs = []
+    for more in ("--eval_every=0", "--eval_every=1"):
+        out = tmp_path / more
+        run(name, options(folder, out, "--lr=0.01", more))
+        logs.append(read_log(out, name))
+    for without, with_evaluations in zip(*logs):
+        assert "val_kl" in with_evaluations
+        assert with_evaluations["reward"] == without["reward"]
+        assert with_evaluations["kl"] == without["kl"]
+
+
+def test_beta_cannot_turn_negative():
+    with pytest.raises(AssertionError, match="must be above 0.2"):
+        train_ppo.Config(kl_horizon=20.0, batch_size=128)
 
 
 def test_beta_stays_fixed_without_a_target(folder, run, tmp_path):

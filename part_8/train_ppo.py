@@ -69,7 +69,7 @@ class Config:
     batch_size: int = 128  # answers per iteration
     max_new_tokens: int = 72  # longest answer, in tokens
     missing_end: float = -2.0  # score of an answer that does not end
-    score_clip: float = 1.5  # largest size of a score; those of SFT's answers have mean 0 and SD 1
+    score_clip: float = 1.5  # largest size of a score; the reward model's have about mean 0, SD 1
     kl_coef: float = 0.05  # beta, the reward that a nat of KL costs, at the first iteration
     kl_target: float = 3.0  # KL in nats per answer above which beta grows; 0: beta stays fixed
     kl_horizon: float = 4000.0  # answers in which beta grows or shrinks by at most 20 %
@@ -85,7 +85,7 @@ class Config:
     epochs: int = 2  # passes over each rollout
     minibatches: int = 2  # updates per pass
     clip: float = 0.2  # a ratio further than this from 1, in its advantage's direction, is clipped
-    vf_clip: float = 0.2  # a value further than this from its old one, towards its return, too
+    vf_clip: float = 0.2  # a value that moved further than this towards its return is clipped, too
     vf_coef: float = 0.5  # weight of the value loss
 
     # a rollout's updates stop once the policy is this far from the one that sampled, nats per token
@@ -102,13 +102,15 @@ class Config:
     out: str = ""  # output folder; empty: out/ beside this script
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "max_new_tokens", "prompts"):
-            assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
-        for name in ("epochs", "minibatches"):
+        sizes = ("steps", "batch_size", "max_new_tokens", "epochs", "minibatches", "prompts")
+        for name in sizes:
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
         assert self.critic in ("head", "rm"), f"critic={self.critic} must be head or rm"
         assert self.batch_size % self.minibatches == 0, (
             f"batch_size={self.batch_size} must be divisible by minibatches={self.minibatches}"
+        )
+        assert self.kl_horizon > 0.2 * self.batch_size, (
+            f"kl_horizon={self.kl_horizon} must be above 0.2 * batch_size: beta would turn negative"
         )
 
 
@@ -583,8 +585,10 @@ if __name__ == "__main__":
         stats = learn(policy, optimizer, batch, advantages, values, returns, cfg, generator)
         update_end = time.time()
 
-        # report; a critic that knew nothing would explain 0 of the returns' variance
-        answer_returns = returns[batch.mask]
+        # report; how much of the variance of the returns that really came did the critic explain?
+        # Below lambda 1, `returns` would not do: they contain the critic's own later values.
+        observed, _ = gae(rewards, torch.zeros_like(values), batch.mask, cfg.gamma, lam=1.0)
+        answer_returns = observed[batch.mask]
         residuals = answer_returns - values[batch.mask]
         report = {
             "reward": score.mean().item(),
@@ -601,7 +605,8 @@ if __name__ == "__main__":
             "completions_per_s": cfg.batch_size / (time.time() - start),
         }
         if cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0:
-            evaluation = evaluate(policy, reference, rm, tok, val, cfg, device)
+            with torch.random.fork_rng():  # an evaluation must not change what training samples
+                evaluation = evaluate(policy, reference, rm, tok, val, cfg, device)
             report["val_gold"] = evaluation.gold
             report["val_kl"] = evaluation.kl
         log(step, **report)

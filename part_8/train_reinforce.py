@@ -59,7 +59,7 @@ class Config:
     batch_size: int = 128  # answers per iteration
     max_new_tokens: int = 72  # longest answer, in tokens
     missing_end: float = -2.0  # score of an answer that does not end
-    score_clip: float = 1.5  # largest size of a score; those of SFT's answers have mean 0 and SD 1
+    score_clip: float = 1.5  # largest size of a score; the reward model's have about mean 0, SD 1
     kl_coef: float = 0.05  # beta, the reward that a nat of KL costs
     # update
     lr: float = 1e-3  # learning rate of AdamW at the first iteration; it falls linearly to 0
@@ -72,7 +72,8 @@ class Config:
     out: str = ""  # output folder; empty: out/ beside this script
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "max_new_tokens", "prompts"):
+        sizes = ("steps", "batch_size", "max_new_tokens", "prompts")
+        for name in sizes:
             assert getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1"
 
 
@@ -436,7 +437,8 @@ if __name__ == "__main__":
             "completions_per_s": cfg.batch_size / (time.time() - start),
         }
         if cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0:
-            evaluation = evaluate(policy, reference, rm, tok, val, cfg, device)
+            with torch.random.fork_rng():  # an evaluation must not change what training samples
+                evaluation = evaluate(policy, reference, rm, tok, val, cfg, device)
             report["val_gold"] = evaluation.gold
             report["val_kl"] = evaluation.kl
         log(step, **report)

@@ -74,7 +74,8 @@ class Config:
 def over_vocabulary(logp, reference_logp, kind):
     """The estimator's value for every token that might have been sampled -> (N, V), from the
     log-probabilities (N, V) of both models."""
-    # A vocabulary of one token, which is always sampled, turns each entry into a case of its own.
+    # kl_penalty reads one token per row. Here each entry becomes a row with a vocabulary of one
+    # token, so all of them are read.
     tokens = torch.zeros_like(logp, dtype=torch.long)
     return train_grpo.kl_penalty(logp[..., None], reference_logp[..., None], tokens, kind)
 

@@ -147,8 +147,9 @@ def tune(records, steps, seed, path, init, cfg, device):
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
 
-    # The trainer keeps a tenth of the file for validation. It reads the rest in the file's order,
-    # and from the beginning again if there are more steps than demonstrations.
+    # The trainer keeps a tenth of the file for validation and shuffles the rest by the seed, so
+    # both forms of the problems come in the same order. If there are more steps than
+    # demonstrations, it begins again.
     data = folder / "data.json"
     write_atomic(data, as_json(records).encode())
     options = {

@@ -77,7 +77,7 @@ class Config:
     # loss
     kl: str = "exact"  # KL per token: exact (over the whole vocabulary), or estimated: k1, k2, k3
     kl_coef: float = 0.02  # beta, the weight of the KL in the loss
-    scale_std: bool = False  # divide by the group's standard deviation, too
+    scale_std: bool = False  # also divide advantages by the group's standard deviation
 
     # how token losses are averaged: sequence (in each answer, then over the answers), tokens (over
     # all tokens of the batch) or constant (the sum over batch_size * max_new_tokens)
@@ -121,6 +121,11 @@ def load_data(cfg):
         folder = require("data/stories")
         train = read_jsonl(folder / "instructions.jsonl", [*fields, "task"])
         val = read_jsonl(folder / "instructions_val.jsonl", [*fields, "task"])
+
+        # Part 7's reward model has learned from stories alone.
+        if cfg.reward == "model":
+            train = [record for record in train if record["task"] == "story"]
+            val = [record for record in val if record["task"] == "story"]
         return train, val
 
     records = read_jsonl(cfg.data, fields)
@@ -229,9 +234,10 @@ def kl_penalty(logp, reference_logp, tokens, kind):
     the tokens (N,) that were sampled.
 
     exact sums over the vocabulary. The estimators (Schulman 2020) use the sampled token only, with
-    d = log pi - log pi_sft: k1 = d, whose gradient is zero on average, so as a loss it does
-    nothing; k2 = d^2 / 2, whose gradient is that of the exact KL on average; k3 = e^-d - 1 + d,
-    DeepSeekMath's, whose gradient is that of KL(pi_sft || pi).
+    d = log pi - log pi_sft. As a loss, their gradient at tokens that pi itself has sampled is, on
+    average, zero for k1 = d, that of the exact KL for k2 = d^2 / 2, and that of KL(pi_sft || pi)
+    for k3 = e^-d - 1 + d, DeepSeekMath's. From a rollout's second update on, the tokens are those
+    of an older policy, and k1 then pushes pi away from that one.
     """
     if kind == "exact":
         return (logp.exp() * (logp - reference_logp)).sum(dim=-1)
@@ -605,7 +611,8 @@ if __name__ == "__main__":
             "completions_per_s": cfg.batch_size / (time.time() - start),
         }
         if cfg.eval_every > 0 and (step + 1) % cfg.eval_every == 0:
-            evaluation = evaluate(policy, reference, tok, val, cfg, device)
+            with torch.random.fork_rng():  # an evaluation must not change what training samples
+                evaluation = evaluate(policy, reference, tok, val, cfg, device)
             report["val_kl"] = evaluation.kl
             for task, gold in evaluation.gold.items():
                 report[f"val_{task}"] = gold
