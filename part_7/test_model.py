@@ -171,9 +171,9 @@ def test_loading_an_sft_model_adds_only_the_heads():
     assert model.bidirectional is True
 
     state = model.state_dict()
-    new = set(state) - set(sft["weights"])
-    assert new == {"score_head.weight", "beta", "shift", "scale"}
-    assert set(RewardModel.load(sft).state_dict()) - set(sft["weights"]) == {"shift", "scale"}
+    buffers = {"beta", "shift", "scale"}
+    assert set(state) - set(sft["weights"]) == {"score_head.weight", *buffers}
+    assert set(RewardModel.load(sft).state_dict()) - set(sft["weights"]) == buffers
     for name, tensor in sft["weights"].items():
         assert torch.equal(state[name], tensor), f"{name} must be the SFT model's"
 
