@@ -738,8 +738,8 @@ SKILLS = {
 def skill_record(rng, val):
     """One exercise on one side of the split."""
     while True:
-        # The taxonomy is drawn twice as often as the others, because it asks about many things.
-        task = rng.choice([*SKILLS, "is_a"])
+        # The taxonomy is drawn three times as often as the others, because it has many things.
+        task = rng.choice([*SKILLS, "is_a", "is_a"])
         level = rng.randint(1, 3)
         exercise = SKILLS[task](rng, level)
         composition = exercise.composition or exercise.instruction + "\n" + exercise.input

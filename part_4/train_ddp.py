@@ -64,7 +64,7 @@ class Config:
     steps: int = 620  # optimizer steps
     batch_size: int = 24  # sequences per step, over all micro-batches
     accum: int = 1  # micro-batches per step; the gradient is the same, in 1/accum of the memory
-    lr: float = 0.005  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
+    lr: float = 0.0035  # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr
     lr_adamw: float = 3e-3  # learning rate of AdamW, for everything else
 
     # decay of the weights in all matrices; 0, because there is too little repetition to overfit

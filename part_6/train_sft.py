@@ -70,7 +70,7 @@ class Config:
 
     # learning rate of Muon, for the hidden matrices; an update has RMS 0.2 lr. With a higher rate
     # the model forgets more of what the text has taught it.
-    lr: float = 0.004
+    lr: float = 0.002
 
     lr_adamw: float = 1.5e-3  # learning rate of AdamW, for everything else
     weight_decay: float = 0.0  # decay of the weights in all matrices; gains do not decay
