@@ -576,9 +576,10 @@ def run(command, **options):
     assert Path(given["data"]).stat().st_size > 100
     for name in ("sft.pt", "rm.pt"):
         shutil.copy(f"{folder}/{name}", given["out"])
-    return SimpleNamespace(returncode=0)
+    return SimpleNamespace(returncode=0, wait=lambda: 0, terminate=lambda: None)
 
 subprocess.run = run
+subprocess.Popen = run
 import train_grpo, shared
 judge = shared.judge
 
