@@ -135,7 +135,7 @@ def train(sft, tok, records, run, device, log, first_step, name):
 
     equal_shares = []
     for step in range(run.steps):
-        optimizer.param_groups[0]["lr"] = run.lr * (1 - step / run.steps)
+        optimizer.param_groups[0]["lr"] = run.lr * train_grpo.lr_scale(step, run)
         asked = train_grpo.get_batch(records, step, run)
         batch = train_grpo.rollout(policy, tok, asked, run, device)
         passed = train_grpo.passed(asked, train_grpo.answers_of(batch, tok))

@@ -184,7 +184,7 @@ def train(sft, tok, records, run, device, log, first_step):
     generator = torch.Generator().manual_seed(run.seed)
     records = [records[i] for i in torch.randperm(len(records), generator=generator)]
     for step in range(run.steps):
-        optimizer.param_groups[0]["lr"] = run.lr * (1 - step / run.steps)
+        optimizer.param_groups[0]["lr"] = run.lr * train_grpo.lr_scale(step, run)
         asked = train_grpo.get_batch(records, step, run)
         batch = train_grpo.rollout(policy, tok, asked, run, device)
         passed = train_grpo.passed(asked, train_grpo.answers_of(batch, tok))

@@ -147,7 +147,7 @@ def train_policy(solver, records, process, cfg, seed, device):
     log = []
     for step in range(cfg.steps):
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - step / cfg.steps)
+            group["lr"] = cfg.lr * train_grpo.lr_scale(step, run)
 
         # rollout and reward
         batch_records = train_grpo.get_batch(records, step, run)

@@ -25,7 +25,15 @@ import train_grpo_ddp
 from model import GPT, GPTConfig, RewardModel
 from shared import ROOT, load_checkpoint, parse_args, save_checkpoint
 from tokenizer import Tokenizer
-from train_grpo import Config, Rollout, aggregate, group_advantage, kl_penalty, ppo_loss
+from train_grpo import (
+    Config,
+    Rollout,
+    aggregate,
+    group_advantage,
+    kl_penalty,
+    lr_scale,
+    ppo_loss,
+)
 
 FOLDER = Path(__file__).resolve().parent
 END = 12
@@ -111,7 +119,15 @@ def test_group_advantage_is_proportional_to_leave_one_out():
     assert_near(group_advantage(reward, G, scale_std=False) * G / (G - 1), expected)
 
 
-# aggregate and ppo_loss ---------------------------------------------------------------------------
+# lr_scale, aggregate and ppo_loss -----------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_and_falls():
+    cfg = Config(steps=10, warmup=0.4)
+    expected = [0.25, 0.5, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert [lr_scale(step, cfg) for step in range(10)] == pytest.approx(expected)
+    without = [lr_scale(step, Config(steps=4, warmup=0.0)) for step in range(4)]
+    assert without == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
 def ragged_mask(lengths, T):
@@ -898,9 +914,9 @@ def test_grpo_as_a_script(folder, run, tmp_path, more):
     assert grpo["config"]["steps"] == grpo["changed"]["steps"] == 3
     assert grpo["tokenizer"] == sft["tokenizer"]
 
-    # the last learning rate of the linear schedule, and the split of the data
+    # the last learning rate of the schedule, and the split of the data
     (group,) = variables["optimizer"]
-    assert group["lr"] == pytest.approx(6e-4 / 3)
+    assert group["lr"] == pytest.approx(5e-4 / 3)
     assert group["weight_decay"] == 0
     train, val = numbers_of(variables["train"]), numbers_of(variables["val"])
     assert train == set(range(35)), "the first 90 % of the lines, but for the one too long"

@@ -9,8 +9,8 @@ critic, and no reward model where the answer itself can be checked.
                                                    score(record, answer) -> float
 
 From part_8/train_ppo.py
-    New      aggregate, group_advantage, kl_penalty, call_user_code, load_function, load_reward,
-             passed, gold_by_task
+    New      aggregate, group_advantage, kl_penalty, lr_scale, call_user_code, load_function,
+             load_reward, passed, gold_by_task
     Changed  Config, load_data, get_batch, learn, Evaluation, evaluate, draw, main body
     Removed  whiten, shape_rewards, gae, value_loss, next_kl_coef, make_optimizer, answer_logp,
              score_answers, gold_share
@@ -76,18 +76,19 @@ class Config:
     max_new_tokens: int = 72  # longest answer, in tokens
     # loss
     kl: str = "exact"  # KL per token: exact (over the whole vocabulary), or estimated: k1, k2, k3
-    kl_coef: float = 0.02  # beta, the weight of the KL in the loss
+    kl_coef: float = 0.04  # beta, the weight of the KL in the loss
     scale_std: bool = False  # also divide advantages by the group's standard deviation
 
-    # how token losses are averaged: sequence (in each answer, then over the answers), tokens (over
-    # all tokens of the batch) or constant (the sum over batch_size * max_new_tokens)
-    loss_norm: str = "sequence"
+    # how token losses are averaged: tokens (over all tokens of the batch), sequence (in each
+    # answer, then over the answers) or constant (the sum over batch_size * max_new_tokens)
+    loss_norm: str = "tokens"
 
     # update
     epochs: int = 1  # passes over each rollout
     minibatches: int = 2  # updates per pass
     clip: float = 0.2  # a ratio further than this from 1, in its advantage's direction, is clipped
-    lr: float = 6e-4  # learning rate of AdamW at the first iteration; it falls linearly to 0
+    lr: float = 5e-4  # peak of AdamW's learning rate; from there it falls linearly to 0
+    warmup: float = 0.2  # share of the iterations in which the learning rate rises to its peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
@@ -202,9 +203,10 @@ def masked_mean(x, mask):
 def aggregate(x, mask, norm, longest):
     """Terms of the loss for each token (B, T) -> one number.
 
-    sequence: the mean of each answer, then the mean over the answers (Shao et al. 2024); a token of
-    a long answer counts less. tokens: the mean over all tokens of the batch. constant: the sum over
-    B * longest, so that no length counts (Liu et al. 2025, Dr. GRPO).
+    tokens: the mean over all tokens of the batch, so all tokens count the same (Yu et al. 2025,
+    DAPO). sequence: the mean of each answer, then the mean over the answers (Shao et al. 2024); a
+    token of a long answer counts less. constant: the sum over B * longest, which does not depend on
+    the lengths that happened to come (Liu et al. 2025, Dr. GRPO).
     """
     if norm == "tokens":
         return masked_mean(x, mask)
@@ -262,6 +264,18 @@ def ppo_loss(logp, old_logp, advantages, clip):
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.max(unclipped, clipped), clipped > unclipped
+
+
+def lr_scale(step, cfg):
+    """The learning rate of an iteration (0, 1, ...) as a share of its peak: warm up, then decay
+    linearly to 0.
+
+    AdamW's first updates are as large as its later ones, although they rest on few answers. Without
+    a warm-up they carry the policy away from the SFT model before it has learned anything.
+    """
+    rise = (step + 1) / max(1.0, cfg.warmup * cfg.steps)
+    fall = 1 - step / cfg.steps
+    return min(rise, fall)
 
 
 # rollout, score, learn ----------------------------------------------------------------------------
@@ -575,7 +589,7 @@ if __name__ == "__main__":
     for step in range(cfg.steps):
         start = time.time()
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - step / cfg.steps)
+            group["lr"] = cfg.lr * lr_scale(step, cfg)
 
         # rollout: a group of answers to each prompt
         records = get_batch(train, step, cfg)
