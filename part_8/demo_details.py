@@ -50,6 +50,7 @@ from train_ppo import (
     get_batch,
     learn,
     load_data,
+    lr_scale,
     make_optimizer,
     next_kl_coef,
     rollout,
@@ -131,7 +132,7 @@ def train(variant, sft, reference, rm, tok, prompts, ppo_cfg, device):
     largest_error = 0.0
     for step in range(ppo_cfg.steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * (1 - step / ppo_cfg.steps)
+            group["lr"] = group["peak_lr"] * lr_scale(step, ppo_cfg)
 
         # rollout and score
         records = get_batch(prompts, step, ppo_cfg)

@@ -91,8 +91,9 @@ class Config:
     # a rollout's updates stop once the policy is this far from the one that sampled, nats per token
     max_kl: float = 0.02
 
-    lr: float = 1e-3  # learning rate of AdamW at the first iteration; it falls linearly to 0
-    lr_value: float = 3e-3  # learning rate of the critic, likewise; 1e-3 suits --critic=rm
+    lr: float = 1e-3  # peak of AdamW's learning rate; from there it falls linearly to 0
+    lr_value: float = 3e-3  # peak of the critic's learning rate; 1e-3 suits --critic=rm
+    warmup: float = 0.2  # share of the iterations in which the learning rate rises to its peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
@@ -268,6 +269,18 @@ def next_kl_coef(coef, kl, target, n, horizon):
     error = kl / target - 1
     error = min(max(error, -0.2), 0.2)
     return coef * (1 + error * n / horizon)
+
+
+def lr_scale(step, cfg):
+    """The learning rate of an iteration (0, 1, ...) as a share of its peak: warm up, then decay
+    linearly to 0.
+
+    AdamW's first updates are as large as its later ones, although they rest on few answers. Without
+    a warm-up they carry the policy away from the SFT model before it has learned anything.
+    """
+    rise = (step + 1) / max(1.0, cfg.warmup * cfg.steps)
+    fall = 1 - step / cfg.steps
+    return min(rise, fall)
 
 
 # optimizer ----------------------------------------------------------------------------------------
@@ -561,7 +574,7 @@ if __name__ == "__main__":
     for step in range(cfg.steps):
         start = time.time()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * (1 - step / cfg.steps)
+            group["lr"] = group["peak_lr"] * lr_scale(step, cfg)
 
         # rollout: one answer to each prompt
         records = get_batch(train, step, cfg)

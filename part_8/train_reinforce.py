@@ -62,7 +62,8 @@ class Config:
     score_clip: float = 1.5  # largest size of a score; the reward model's have about mean 0, SD 1
     kl_coef: float = 0.05  # beta, the reward that a nat of KL costs
     # update
-    lr: float = 1e-3  # learning rate of AdamW at the first iteration; it falls linearly to 0
+    lr: float = 1e-3  # peak of AdamW's learning rate; from there it falls linearly to 0
+    warmup: float = 0.2  # share of the iterations in which the learning rate rises to its peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     eval_every: int = 0  # iterations between evaluations on held-out prompts; 0: only at the end
@@ -179,6 +180,18 @@ def reinforce_loss(logp, advantages):
     baseline.
     """
     return -logp * advantages
+
+
+def lr_scale(step, cfg):
+    """The learning rate of an iteration (0, 1, ...) as a share of its peak: warm up, then decay
+    linearly to 0.
+
+    AdamW's first updates are as large as its later ones, although they rest on few answers. Without
+    a warm-up they carry the policy away from the SFT model before it has learned anything.
+    """
+    rise = (step + 1) / max(1.0, cfg.warmup * cfg.steps)
+    fall = 1 - step / cfg.steps
+    return min(rise, fall)
 
 
 # rollout, score, learn ----------------------------------------------------------------------------
@@ -400,7 +413,7 @@ if __name__ == "__main__":
     for step in range(cfg.steps):
         start = time.time()
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - step / cfg.steps)
+            group["lr"] = cfg.lr * lr_scale(step, cfg)
 
         # rollout: one answer to each prompt
         records = get_batch(train, step, cfg)

@@ -9,8 +9,8 @@ critic, and no reward model where the answer itself can be checked.
                                                    score(record, answer) -> float
 
 From part_8/train_ppo.py
-    New      aggregate, group_advantage, kl_penalty, lr_scale, call_user_code, load_function,
-             load_reward, passed, gold_by_task
+    New      aggregate, group_advantage, kl_penalty, call_user_code, load_function, load_reward,
+             passed, gold_by_task
     Changed  Config, load_data, get_batch, learn, Evaluation, evaluate, draw, main body
     Removed  whiten, shape_rewards, gae, value_loss, next_kl_coef, make_optimizer, answer_logp,
              score_answers, gold_share
