@@ -10,8 +10,8 @@ answers train it.
 From part_7/train_rm.py
     New      gather_logp, log_probs, answer_logp, dpo_loss, add_reference_logp, pair_loss,
              gold_share, answer_kl
-    Changed  Config, get_batch, Evaluation, evaluate, draw, main body
-    Removed  with_end, sample_pairs, pair_length, preference_loss, lr_scale, orthogonalize, Muon,
+    Changed  Config, get_batch, lr_scale, Evaluation, evaluate, draw, main body
+    Removed  with_end, sample_pairs, pair_length, preference_loss, orthogonalize, Muon,
              make_optimizers, set_lr, rewards, against_truth
 
 The best policy for the reward r minus beta times the KL to the SFT model has
@@ -62,7 +62,8 @@ class Config:
     beta: float = 0.1  # reward that a nat is worth; smaller lets the policy go further from SFT
     steps: int = 240  # optimizer steps
     batch_size: int = 32  # pairs per step
-    lr: float = 6e-4  # learning rate of AdamW at the first step; it falls linearly to 0
+    lr: float = 6e-4  # peak of AdamW's learning rate; from there it falls linearly to 0
+    warmup: float = 0.2  # share of the steps in which the learning rate rises to its peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     eval_every: int = 60  # steps between evaluations on the validation data
@@ -225,6 +226,14 @@ def pair_loss(policy, pairs, beta, device):
     return dpo_loss(logp, reference_logp, beta)
 
 
+def lr_scale(step, cfg):
+    """The learning rate of a step (0, 1, ...) as a share of its peak: warm up, then decay linearly
+    to 0."""
+    rise = (step + 1) / max(1.0, cfg.warmup * cfg.steps)
+    fall = 1 - step / cfg.steps
+    return min(rise, fall)
+
+
 # answer, evaluate, draw ---------------------------------------------------------------------------
 
 
@@ -350,7 +359,7 @@ if __name__ == "__main__":
     log = Log(out, cfg.steps, name="train_dpo")
     for step in range(cfg.steps):
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - step / cfg.steps)
+            group["lr"] = cfg.lr * lr_scale(step, cfg)
 
         # forward and backward
         loss, margin = pair_loss(policy, get_batch(train, step, cfg), cfg.beta, device)
