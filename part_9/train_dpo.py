@@ -62,7 +62,7 @@ class Config:
     beta: float = 0.1  # reward that a nat is worth; smaller lets the policy go further from SFT
     steps: int = 240  # optimizer steps
     batch_size: int = 32  # pairs per step
-    lr: float = 6e-4  # peak of AdamW's learning rate; from there it falls linearly to 0
+    lr: float = 4e-4  # peak of AdamW's learning rate; from there it falls linearly to 0
     warmup: float = 0.2  # share of the steps in which the learning rate rises to its peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
