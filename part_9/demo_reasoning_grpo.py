@@ -71,7 +71,7 @@ class Config:
     batch_size: int = 128  # answers per iteration
     group: int = 8  # answers per problem
     minibatches: int = 2  # updates per iteration
-    lr: float = 6e-4  # learning rate of AdamW at the first iteration; it falls linearly to 0
+    lr: float = 6e-4  # peak of AdamW's learning rate, which rises and falls as in train_grpo.py
     prompts: int = 20  # held-out problems of each number of operations
     seed: int = 0  # seed of all random numbers
     seeds: int = 1  # number of seeds to run: seed, seed + 1, ...
