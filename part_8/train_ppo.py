@@ -86,13 +86,13 @@ class Config:
     minibatches: int = 2  # updates per pass
     clip: float = 0.2  # a ratio further than this from 1, in its advantage's direction, is clipped
     vf_clip: float = 0.2  # a value that moved further than this towards its return is clipped, too
-    vf_coef: float = 0.5  # weight of the value loss
+    vf_coef: float = 0.1  # weight of the value loss
 
     # a rollout's updates stop once the policy is this far from the one that sampled, nats per token
     max_kl: float = 0.02
 
-    lr: float = 1e-3  # peak of AdamW's learning rate; from there it falls linearly to 0
-    lr_value: float = 3e-3  # peak of the critic's learning rate; 1e-3 suits --critic=rm
+    lr: float = 7e-4  # peak of AdamW's learning rate; from there it falls linearly to 0
+    lr_value: float = 2e-3  # peak of the critic's learning rate; 1e-3 suits --critic=rm
     warmup: float = 0.2  # share of the iterations in which the learning rate rises to its peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
