@@ -58,7 +58,9 @@ class Config:
             assert word.isdigit() and int(word) > 0, (
                 f"sizes={self.sizes} must be numbers above 0 with commas between them"
             )
-        assert self.n_embd % 4 == 0, f"n_embd={self.n_embd} must be divisible by 4, the heads"
+        assert self.n_embd % 4 == 0, (
+            f"n_embd={self.n_embd} must be divisible by 4, the number of heads"
+        )
 
 
 def machine_facts(device):

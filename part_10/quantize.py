@@ -179,8 +179,8 @@ def nf4_levels():
 
     They are quantiles of the normal distribution. Sixteen levels could be eight negative and eight
     positive ones, but then 0 would not be among them. So there are 7 negative levels, the 0, and 8
-    positive ones. The offset is that of bitsandbytes: the outermost quantile
-    cannot be that of probability 1, which is infinite.
+    positive ones. The offset is that of bitsandbytes: the outermost quantile cannot be that of
+    probability 1, which is infinite.
     """
     offset = 0.9677083
     quantile = NormalDist().inv_cdf
