@@ -738,7 +738,7 @@ SKILLS = {
 def skill_record(rng, val):
     """One exercise on one side of the split."""
     while True:
-        # The taxonomy is drawn three times as often as the others: there are many things to ask about.
+        # One exercise in three is about the taxonomy, because there are many things to ask about.
         task = rng.choice([*SKILLS, "is_a", "is_a"])
         level = rng.randint(1, 3)
         exercise = SKILLS[task](rng, level)
