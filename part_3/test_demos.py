@@ -22,7 +22,7 @@ import demo_streaming
 import demo_swiglu
 import model_streaming
 from model import GPT, GPTConfig, RMSNorm
-from shared import save_checkpoint
+from shared import parse_args, save_checkpoint
 from train import Data, get_batch
 
 HERE = Path(demo_norms.__file__).resolve().parent
@@ -547,6 +547,14 @@ def test_the_small_model_learns_what_follows_the_begin_token():
     assert probabilities[0, 97:100].min() > 0.15
     assert probabilities[1:].argmax(dim=-1).tolist() == [98, 99, 97]
     assert probabilities[2, 99] > 0.9
+
+
+def test_a_size_that_cannot_be_divided_is_one_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args(demo_kv_cache.Config, argv=["--n_embd=100"])
+    assert error.value.code == 2
+    message = "error: n_embd=100 must be divisible by 2 * n_head = 16\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_checkpoint_of_another_part_is_refused(tmp_path, capsys):

@@ -29,7 +29,7 @@ import demo_speedrun
 import model as part_4_model
 import train
 from model import GPT, GPTConfig
-from shared import require, save_checkpoint
+from shared import parse_args, require, save_checkpoint
 from tokenizer import Tokenizer
 
 HERE = Path(demo_bpe.__file__).resolve().parent
@@ -204,6 +204,18 @@ def test_bad_input_ends_in_one_line(made, message):
     lines = [line for line in (made / "stderr").read_text().splitlines() if message in line]
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "demo, n_embd", [(demo_bpe, 97), (demo_accumulation, 100), (demo_schedule, 63)]
+)
+def test_a_size_that_cannot_be_divided_is_one_line(demo, n_embd, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args(demo.Config, argv=[f"--n_embd={n_embd}"])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: n_embd={n_embd} must be divisible by")
+    assert message.count("\n") == 1
 
 
 # demo_bpe -----------------------------------------------------------------------------------------

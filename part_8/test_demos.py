@@ -314,6 +314,22 @@ def test_bad_options_are_refused(demo, option, capsys):
 # demo_rollout.py ----------------------------------------------------------------------------------
 
 
+def test_a_critic_of_its_own_is_refused(folder, run_script, tmp_path, capsys):
+    sft = load_checkpoint(folder / "sft.pt", "sft")
+    sft["weights"]["critic.wte.weight"] = sft["weights"]["wte.weight"]
+    save_checkpoint(tmp_path / "ppo.pt", **{**sft, "kind": "ppo"})
+    with pytest.raises(SystemExit) as stop:
+        run_script(
+            "demo_rollout",
+            f"--init={tmp_path}/ppo.pt",
+            f"--sft={folder}/sft.pt",
+            f"--rm={folder}/rm.pt",
+            f"--out={tmp_path}",
+        )
+    assert stop.value.code == 2
+    assert "--init has a critic of its own" in capsys.readouterr().err
+
+
 def test_the_exact_kl_by_hand(folder, reference, val):
     policy = ActorCritic.load(load_checkpoint(folder / "ppo.pt", "ppo"))
     torch.manual_seed(0)

@@ -856,6 +856,28 @@ def without_times(log):
     return kept
 
 
+def test_the_reward_model_is_asked_about_stories_only():
+    for module in (train_grpo, train_grpo_ddp):
+        for records in module.load_data(module.Config(reward="model")):
+            assert {record["task"] for record in records} == {"story"}
+        train, _ = module.load_data(module.Config())
+        assert {"story", "is_a", "count"} < {record["task"] for record in train}
+
+
+def test_an_evaluation_changes_nothing(folder, run, tmp_path):
+    logs = []
+    for every in (0, 1):
+        out = tmp_path / str(every)
+        options = grpo_options(folder, out, "--lr=0.01", f"--eval_every={every}")
+        code, _, errors = run(tmp_path, "train_grpo.py", *options)
+        assert code == 0, errors
+        logs.append(read_log(out / "log.jsonl"))
+    for without, with_evaluations in zip(*logs):
+        assert "val_kl" in with_evaluations
+        assert with_evaluations["reward"] == without["reward"]
+        assert with_evaluations["loss"] == without["loss"]
+
+
 def numbers_of(prompts):
     """The i of each prompt "sag «i»"."""
     tok = byte_tokenizer()
